@@ -1,0 +1,124 @@
+"""The affine tail of a norm, and everything that reads it.
+
+``y = a ⊙ norm(x) + c``: the weight and bias inside the operator, then any chain of multiplications by and
+additions of weights or constants, through casts. This is where γ, β, Gemma's ``1 + w`` and LayerNorm
+Scaling's constant are found, in whatever spelling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsecc.passes.analysis.linear import Linear
+from sparsecc.passes.analysis.norms import Norm
+from sparsecc.passes.analysis.stream import feature_axis_of_user, readers
+from sparsecc.passes.analysis.weights import WeightValues
+from sparsecc.program import is_shape_query
+
+aten = torch.ops.aten
+
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dtype_layout)
+
+
+@dataclass
+class Step:
+    """One node of the tail: "mul" or "add" by ``operand`` (a weight node or a number), or "cast"."""
+
+    kind: str
+    node: fx.Node
+    operand: Any = None
+
+
+@dataclass
+class Tail:
+    """The steps after a norm, in order; ``end`` is the value that the rest of the program reads."""
+
+    end: fx.Node
+    steps: list[Step] = field(default_factory=list)
+
+    @property
+    def folds(self) -> list[Step]:
+        return [s for s in self.steps if s.kind != "cast"]
+
+
+def affine_tail(norm: Norm, weights: WeightValues) -> Tail:
+    """Follow the only user of each value while it is affine in the features."""
+    tail = Tail(norm.node)
+    kept: list[Step] = []
+    current = norm.node
+    while len(current.users) == 1:
+        step = _step(next(iter(current.users)), current, norm.size, weights)
+        if step is None:
+            break
+        kept.append(step)
+        current = step.node
+        if step.kind != "cast":  # a tail never ends in a cast: it stays for the readers
+            tail.steps, tail.end = list(kept), current
+    return tail
+
+
+def _step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> Step | None:
+    if user.op != "call_function" or not isinstance(user.meta.get("val"), torch.Tensor):
+        return None
+    if user.target in _CASTS and user.args[0] is value:
+        return Step("cast", user) if user.meta["val"].dtype.is_floating_point else None
+    kinds: dict[Any, str] = {
+        aten.mul.Tensor: "mul",
+        aten.mul.Scalar: "mul",
+        aten.add.Tensor: "add",
+        aten.add.Scalar: "add",
+        aten.div.Tensor: "div",
+        aten.div.Scalar: "div",
+    }
+    kind = kinds.get(user.target)
+    if kind is None or user.kwargs or len(user.args) != 2:
+        return None
+    a, b = user.args
+    if a is not value and (b is not value or kind == "div"):
+        return None
+    other = b if a is value else a
+    if user.meta["val"].shape != value.meta["val"].shape:
+        return None
+    if isinstance(other, (int, float)) and not isinstance(other, bool):
+        # a constant added to every feature is not a weight; leave it alone
+        return None if kind == "add" else Step("mul", user, 1 / other if kind == "div" else other)
+    if kind == "div" or other is value or not weights.is_vector(other, size):
+        return None
+    return Step(kind, user, other)
+
+
+@dataclass
+class Readers:
+    """Who reads a value: linear maps (possibly after reindexing), and the first node that is neither."""
+
+    linears: list[Linear] = field(default_factory=list)
+    other: fx.Node | None = None
+
+
+def linear_readers(
+    value: fx.Node, axis: int, linears: dict[fx.Node, Linear], weights: WeightValues
+) -> Readers:
+    """Follow ``value`` through operators that only reindex, to the linear maps that contract its features."""
+    found = Readers()
+    stack = [(value, axis)]
+    while stack:
+        node, at = stack.pop()
+        for user in readers(node):
+            if is_shape_query(user):
+                continue
+            linear = linears.get(user)
+            contracts = at == node.meta["val"].dim() - 1
+            if linear is not None and linear.x is node and not linear.is_conv and contracts:
+                found.linears.append(linear)
+                continue
+            onward = feature_axis_of_user(user, node, at)
+            if onward is not None and onward[1].reindexes and len(onward[1].operands) == 1:
+                stack.append((user, onward[0]))
+            else:
+                found.other = user
+                return found
+    return found

@@ -1,0 +1,82 @@
+"""Which values depend on weights alone, and may therefore be folded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from sparsecc.passes.analysis.alias import aliases
+from sparsecc.passes.base import Analyses
+from sparsecc.program import Program, Role
+
+
+@dataclass(frozen=True)
+class WeightValues:
+    """Nodes computed from parameters and buffers alone, by pure deterministic operators.
+
+    ``sources`` maps each such node to the placeholders it reads. Weights that the program itself writes
+    (BatchNorm statistics in training, KV caches kept as buffers) are not among them.
+    """
+
+    sources: dict[fx.Node, frozenset[fx.Node]]
+
+    def __contains__(self, node: object) -> bool:
+        return node in self.sources
+
+    def is_vector(self, node: object, size: int) -> bool:
+        """Whether ``node`` is a weight of shape [size], or of leading ones and then [size]."""
+        if not isinstance(node, fx.Node) or node not in self.sources:
+            return False
+        shape = node.meta["val"].shape
+        return len(shape) >= 1 and shape[-1] == size and all(s == 1 for s in shape[:-1])
+
+
+def weight_values(program: Program, analyses: Analyses) -> WeightValues:
+    alias = analyses.get(aliases)
+    sources: dict[fx.Node, frozenset[fx.Node]] = {}
+    for node in program.graph.nodes:
+        slot = program.slot(node)
+        if slot is not None:
+            if slot.role in (Role.PARAMETER, Role.BUFFER) and not alias.written(node):
+                sources[node] = frozenset({node})
+            continue
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        inputs = node.all_input_nodes
+        if (
+            inputs
+            and all(a in sources for a in inputs)
+            and is_pure(node)
+            and not alias.written(node)
+        ):
+            sources[node] = frozenset().union(*(sources[a] for a in inputs))
+    return WeightValues(sources)
+
+
+def is_pure(node: fx.Node) -> bool:
+    """A deterministic ATen operator without side effects."""
+    target = node.target
+    return (
+        isinstance(target, torch._ops.OpOverload)
+        and not target._schema.is_mutable
+        and torch.Tag.nondeterministic_seeded not in target.tags
+        and target.namespace == "aten"
+    )
+
+
+def other_users(weight: fx.Node, user: fx.Node, weights: WeightValues) -> list[fx.Node]:
+    """Who reads the matrices behind ``weight`` besides ``user``, seen through weight expressions."""
+    found: dict[fx.Node, None] = {}
+    stack = [s for s in weights.sources[weight] if s.meta["val"].dim() > 1] or [weight]
+    seen = set(stack)
+    while stack:
+        for reader in stack.pop().users:
+            if reader in weights:
+                if reader not in seen:
+                    seen.add(reader)
+                    stack.append(reader)
+            elif reader is not user:
+                found[reader] = None
+    return list(found)

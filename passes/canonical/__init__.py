@@ -1,0 +1,1 @@
+"""Raising passes: the many spellings of one idea become one operator."""

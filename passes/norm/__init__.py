@@ -1,0 +1,1 @@
+"""The norm family: exact rewrites of normalization layers."""

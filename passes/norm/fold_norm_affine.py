@@ -1,0 +1,246 @@
+"""The weight and bias of a norm, folded into every linear layer that reads it.
+
+Law.   linear(a ⊙ u + c, W, b) = linear(u, W diag(a), b + Wc), for every reader of the norm.
+Source algebra; as used for RMSNorm in "SliceGPT" (Ashkboos et al. 2024, §3.2) and "FlashNorm" (2024).
+Legal  when all readers are linear layers that contract exactly the normalized axis. a and c may be γ and β
+       inside the operator, or spelled after it: Gemma's (1 + w), casts, LayerNorm Scaling's constant.
+Exact  in real arithmetic. A bias is created where a linear layer had none and c is not zero.
+Pays   two passes over the activation where the norm is not fused, and the reads of γ and β; in training it
+       costs a pass over each weight, so there it runs only when named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from sparsecc.errors import OptionsError
+from sparsecc.passes.analysis.affine import Readers, Tail, affine_tail, linear_readers
+from sparsecc.passes.analysis.linear import Linear, linears
+from sparsecc.passes.analysis.norms import Norm, as_norm
+from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.weights import other_users, weight_values
+from sparsecc.passes.base import (
+    Context,
+    Exactness,
+    Example,
+    Match,
+    Pass,
+    Refusal,
+    Saving,
+    nbytes,
+    numel,
+)
+from sparsecc.program import MOVED, Program, WeightBuilder, target_name
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FoldNormAffine(Pass):
+    """Fold γ and β into all consumers of a norm.
+
+    Attributes:
+        untie: fold also into a weight that other nodes read (a tied head): they keep the old weight, and a
+            second copy of it is made.
+    """
+
+    untie: bool = False
+
+    name: ClassVar[str] = "fold-norm-affine"
+    family: ClassVar[str] = "norm"
+    law: ClassVar[str] = "linear(a⊙u + c, W, b) = linear(u, W·diag(a), b + Wc)"
+    source: ClassVar[str] = "algebra; Ashkboos et al. 2024, SliceGPT, §3.2"
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    pays: ClassVar[str] = (
+        "norms whose weights are not fused away; a precondition of quantization folds"
+    )
+    refusals: ClassVar[dict[str, str]] = {
+        "reader": "something other than a linear layer over the normalized axis reads the norm",
+        "output": "the model returns the normalized value",
+        "not-a-weight": "the norm's scale or shift is not a weight, or the program writes it",
+        "tied": "a reader's weight is shared with another node (pass option untie=True folds a copy)",
+        "training": "folding in every step costs more than it saves; name the pass to force it",
+        "region": "an autocast or grad-mode region begins or ends between the norm and a reader",
+    }
+
+    def __post_init__(self) -> None:
+        given: Any = self.untie
+        if not isinstance(given, bool):
+            raise OptionsError(f"pass {self.name!r}: untie must be True or False, not {given!r}.")
+
+    def find(self, context: Context) -> list[Match]:
+        weights = context.analyses.get(weight_values)
+        maps = context.analyses.get(linears)
+        matches = []
+        for node in context.program.calls(aten.layer_norm.default, aten.rms_norm.default):
+            norm = as_norm(node)
+            if norm is None:
+                continue
+            tail = affine_tail(norm, weights)
+            if norm.weight is None and norm.bias is None and not tail.folds:
+                continue
+            axis = node.meta["val"].dim() - 1
+            reads = linear_readers(tail.end, axis, maps, weights)
+            matches.append(Match(node, {"norm": norm, "tail": tail, "readers": reads}))
+        return matches
+
+    def check(self, match: Match, context: Context) -> Refusal | None:
+        norm: Norm = match.nodes["norm"]
+        reads: Readers = match.nodes["readers"]
+        weights = context.analyses.get(weight_values)
+        if reads.other is not None:
+            if reads.other.op == "output":
+                return Refusal.at(match.node, "output", "the model returns the normalized value")
+            return Refusal.at(
+                reads.other,
+                "reader",
+                f"{target_name(reads.other)} reads the norm, not a linear layer",
+            )
+        if not reads.linears:
+            return Refusal.at(match.node, "reader", "no linear layer reads the norm")
+        for vector in (norm.weight, norm.bias):
+            if vector is not None and not weights.is_vector(vector, norm.size):
+                return Refusal.at(
+                    vector, "not-a-weight", f"{vector.name} is not a weight of shape [{norm.size}]"
+                )
+        for linear in reads.linears:
+            shared = other_users(linear.weight, linear.node, weights)
+            strangers = [u for u in shared if all(u is not r.node for r in reads.linears)]
+            if strangers and not self.untie:
+                size = nbytes(linear.weight) / 2**20
+                return Refusal.at(
+                    linear.node,
+                    "tied",
+                    f"the weight of {linear.node.name} is also read by {strangers[0].name}; folding would "
+                    f"keep a second copy of {size:.1f} MiB",
+                )
+        mode = context.analyses.get(modes)
+        for linear in reads.linears:
+            if mode[linear.node] != mode[match.node]:
+                return Refusal.at(linear.node, "region", self.refusals["region"])
+        if context.trains and not context.explicit:
+            return Refusal.at(match.node, "training", self.refusals["training"])
+        return None
+
+    def rewrite(self, match: Match, context: Context) -> None:
+        program = context.program
+        norm = as_norm(match.node)  # afresh: an earlier match may have rewritten its input
+        assert norm is not None
+        tail: Tail = match.nodes["tail"]
+        build = program.weight(self.name, norm.node)
+        scale, shift = _affine(build, norm, tail)
+        for linear in dict.fromkeys(match.nodes["readers"].linears):
+            _fold_into(program, linear, scale, shift, self.name)
+        _strip(program, norm, tail, self.name)
+
+    def saving(self, match: Match, context: Context) -> Saving:
+        norm: Norm = match.nodes["norm"]
+        vectors = [v for v in (norm.weight, norm.bias) if v is not None]
+        steps = len(vectors) + len(match.nodes["tail"].folds)
+        return Saving(sum(nbytes(v) for v in vectors), steps * numel(norm.node))
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        def before(u: Any, W: Any, b: Any, V: Any, g: Any, c: Any) -> Any:
+            y = u * g + c
+            return y @ W.transpose(0, 1) + b, y @ V.transpose(0, 1)
+
+        def after(u: Any, W: Any, b: Any, V: Any, g: Any, c: Any) -> Any:
+            first = u @ (W * g).transpose(0, 1) + (b + (W * c).sum(-1))
+            return first, u @ (V * g).transpose(0, 1) + (V * c).sum(-1)
+
+        shapes = {
+            "u": ("n", "d"),
+            "W": ("k", "d"),
+            "b": ("k",),
+            "V": ("m", "d"),
+            "g": ("d",),
+            "c": ("d",),
+        }
+        return [Example(before, after, shapes, ("W", "b", "V", "g", "c"), symbolic=True)]
+
+
+def _affine(build: WeightBuilder, norm: Norm, tail: Tail) -> tuple[Any, fx.Node | None]:
+    """(a, c): a is a weight node or a number, c a weight node or None; both [d], in fp32 or wider."""
+    scale: Any = None if norm.weight is None else _vector(build, norm.weight)
+    shift: fx.Node | None = None if norm.bias is None else _vector(build, norm.bias)
+    for step in tail.folds:
+        operand = (
+            _vector(build, step.operand) if isinstance(step.operand, fx.Node) else step.operand
+        )
+        if step.kind == "add":
+            shift = operand if shift is None else build.add(shift, operand)
+            continue
+        if scale is None:
+            scale = operand
+        elif isinstance(scale, fx.Node):
+            scale = build.mul(scale, operand)
+        else:
+            scale = build.mul(operand, scale) if isinstance(operand, fx.Node) else scale * operand
+        shift = None if shift is None else build.mul(shift, operand)
+    return scale, shift
+
+
+def _vector(build: WeightBuilder, node: fx.Node) -> fx.Node:
+    wide = build.wide(node)
+    return wide if wide.meta["val"].dim() == 1 else build.call(aten.reshape.default, wide, [-1])
+
+
+def _fold_into(
+    program: Program, linear: Linear, scale: Any, shift: fx.Node | None, origin: str
+) -> None:
+    build = program.weight(origin, linear.node)
+    dtype = linear.weight.meta["val"].dtype
+    wide = build.wide(linear.weight)
+    weight: fx.Node | None = None
+    if scale is not None:
+        factor = scale
+        if isinstance(scale, fx.Node):
+            factor = linear.along(program, scale, linear.in_axis, origin)
+        weight = build.as_dtype(build.mul(wide, factor), dtype)
+    bias: fx.Node | None = None
+    if shift is not None:
+        row = linear.along(program, shift, linear.in_axis, origin)
+        bias = build.sum(
+            build.mul(wide, row), linear.in_axis
+        )  # W c, where autocast cannot narrow it
+        if linear.bias is not None:
+            bias = build.add(bias, build.wide(linear.bias))
+        bias = build.as_dtype(bias, dtype if linear.bias is None else linear.bias.meta["val"].dtype)
+    linear.set_weights(program, origin, weight=weight, bias=bias)
+
+
+def _strip(program: Program, norm: Norm, tail: Tail, origin: str) -> None:
+    """Take a and c off the norm; casts between them stay, and every dtype downstream is as it was."""
+    bare = program.call(
+        norm.node.target,  # type: ignore[arg-type]
+        (norm.x, norm.shape, None, None, norm.eps)
+        if norm.kind == "layer_norm"
+        else (norm.x, norm.shape, None, norm.eps),
+        like=norm.node,
+        origin=origin,
+        before=norm.node,
+    )
+    value = _cast(program, bare, norm.node, origin)
+    for step in tail.steps:
+        if step.kind == "cast":
+            step.node.update_arg(0, value)
+            value = step.node
+        else:
+            value = _cast(program, value, step.node, origin)
+    value.meta[MOVED] = "its weight and bias are folded into its readers"
+    end = tail.end if tail.steps else norm.node
+    if end is not value:
+        end.replace_all_uses_with(value)
+    program.version += 1
+
+
+def _cast(program: Program, value: fx.Node, like: fx.Node, origin: str) -> fx.Node:
+    dtype = like.meta["val"].dtype
+    if value.meta["val"].dtype == dtype:
+        return value
+    return program.call(aten.to.dtype, (value, dtype), like=like, origin=origin, before=like.next)

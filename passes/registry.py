@@ -1,0 +1,51 @@
+"""All passes, by name, in the order in which they run (methods' rule G8). Importing this imports no pass."""
+
+from __future__ import annotations
+
+import importlib
+
+from sparsecc.errors import OptionsError, unknown
+from sparsecc.passes.base import Pass
+
+# name -> "module:class", in pipeline order. Canonical forms run before all of them and are not optional.
+CANONICAL: dict[str, str] = {
+    "drop-identities": "sparsecc.passes.canonical.identities:DropIdentities",
+    "functionalize-inplace": "sparsecc.passes.canonical.inplace:FunctionalizeInplace",
+    "raise-layernorm": "sparsecc.passes.canonical.layernorm:RaiseLayerNorm",
+    "raise-rmsnorm": "sparsecc.passes.canonical.rmsnorm:RaiseRMSNorm",
+    "raise-activation": "sparsecc.passes.canonical.activation:RaiseActivation",
+    "raise-attention": "sparsecc.passes.canonical.attention:RaiseAttention",
+    "raise-gated-ffn": "sparsecc.passes.canonical.gated_ffn:RaiseGatedFFN",
+}
+
+REWRITES: dict[str, str] = {
+    "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
+    "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",
+    "fold-norm-affine": "sparsecc.passes.norm.fold_norm_affine:FoldNormAffine",
+    "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
+}
+
+# preset -> the passes that it runs; only bitwise and exact ones may stand here.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "default": tuple(REWRITES),
+    "none": (),
+}
+
+
+def load(name: str) -> type[Pass]:
+    """The class of a pass.
+
+    Raises:
+        OptionsError: no such pass; the message names the nearest one.
+    """
+    where = CANONICAL.get(name) or REWRITES.get(name)
+    if where is None:
+        raise OptionsError(unknown("pass", name, REWRITES))
+    module, _, attribute = where.partition(":")
+    found: type[Pass] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def all_passes() -> dict[str, type[Pass]]:
+    """Every pass, canonical ones first, in pipeline order."""
+    return {name: load(name) for name in (*CANONICAL, *REWRITES)}

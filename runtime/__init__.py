@@ -1,0 +1,1 @@
+"""What runs at call time: folded weights that are kept fresh."""

@@ -1,0 +1,70 @@
+"""sparsecc: published efficiency methods as verified compiler passes for PyTorch.
+
+    fast = torch.compile(model, backend="sparsecc")
+
+Importing this package is quick and has no side effects; names load on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "rewrite": "sparsecc.export",
+    "bake": "sparsecc.export",
+    "explain": "sparsecc.inspection",
+    "verify": "sparsecc.inspection",
+    "Report": "sparsecc.report.model",
+    "Options": "sparsecc.options",
+    "Program": "sparsecc.program",
+    "Exactness": "sparsecc.passes.base",
+    "Pass": "sparsecc.passes.base",
+    "SparseccError": "sparsecc.errors",
+    "OptionsError": "sparsecc.errors",
+    "RequirementError": "sparsecc.errors",
+    "VerificationError": "sparsecc.errors",
+}
+
+__all__ = [
+    "Exactness",
+    "Options",
+    "OptionsError",
+    "Pass",
+    "Program",
+    "Report",
+    "RequirementError",
+    "SparseccError",
+    "VerificationError",
+    "__version__",
+    "bake",
+    "explain",
+    "rewrite",
+    "verify",
+]
+
+if TYPE_CHECKING:
+    from sparsecc.errors import (
+        OptionsError,
+        RequirementError,
+        SparseccError,
+        VerificationError,
+    )
+    from sparsecc.export import bake, rewrite
+    from sparsecc.inspection import explain, verify
+    from sparsecc.options import Options
+    from sparsecc.passes.base import Exactness, Pass
+    from sparsecc.program import Program
+    from sparsecc.report.model import Report
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'sparsecc' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,122 @@
+"""Every private PyTorch name that sparsecc uses, in one place, each with a canary test.
+
+Supported releases: torch 2.11 to 2.14.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import fx
+from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+# Raised by Dynamo or AOTAutograd to run the same graph again, or to leave the frame alone: never caught.
+RESTARTS = (RestartAnalysis, SkipFrame)
+
+# Functions of these modules switch functorch or autograd state; a copy keeps their order, a trace loses it.
+STATEFUL_MODULES = frozenset(
+    {
+        "torch._C._autograd",
+        "torch._C._functorch",
+        "torch._functorch.eager_transforms",
+        "torch._functorch.predispatch",
+        "torch.autograd.forward_ad",
+    }
+)
+
+
+def backend_fake_mode() -> FakeTensorMode | None:
+    """The fake mode that AOTAutograd will use for the graph being compiled (None outside a compile)."""
+    context = TracingContext.try_get()
+    return None if context is None else context.fake_mode
+
+
+def is_functorch_wrapped(value: torch.Tensor) -> bool:
+    """Whether ``value`` lives inside a functorch transform (vmap, grad, jvp)."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
+def is_tensor_subclass(value: Any) -> bool:
+    """A tensor that holds others inside (DTensor, a quantized weight), which retracing would unwrap."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+    return isinstance(value, torch.Tensor) and bool(is_traceable_wrapper_subclass(value))
+
+
+def has_unbacked_symbols(value: Any) -> bool:
+    """Whether a size in ``value`` is only known at run time (``.item()``, ``nonzero``)."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    if isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)):
+        return bool(free_unbacked_symbols(value))
+    if isinstance(value, (list, tuple)):
+        return any(has_unbacked_symbols(item) for item in value)
+    return False
+
+
+def inductor(
+    module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, config: dict[str, Any]
+) -> Callable[..., Any]:
+    """Inductor's own compile of a graph, as ``backend="inductor"`` would do it."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    patches.update(config)
+    compiled: Any = compile_fx(module, list(inputs), config_patches=patches or None)
+    return cast("Callable[..., Any]", compiled)
+
+
+def aot_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+    """PyTorch's autograd ahead of time, no code generation."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    compiled: Callable[..., Any] = lookup_backend("aot_eager")(module, list(inputs))
+    return compiled
+
+
+def graph_breaks() -> dict[str, int]:
+    """Dynamo's graph breaks so far in this process: reason -> count."""
+    from torch._dynamo.utils import counters
+
+    return dict(counters["graph_break"])
+
+
+@contextlib.contextmanager
+def throwaway_compile() -> Iterator[None]:
+    """Compiles made for inspection must not hit the limit of recompiles that serves real ones."""
+    from torch._dynamo import config
+
+    with config.patch(recompile_limit=1000, accumulated_recompile_limit=10000):
+        yield
+
+
+def toolchain_problem(error: BaseException | None) -> str:
+    """What of the machine (not of the model) keeps Inductor from generating code, with the next step; or ""."""
+    while error is not None:
+        name = type(error).__name__
+        if name in ("InvalidCxxCompiler", "TritonMissing"):
+            what = "C++ compiler" if name == "InvalidCxxCompiler" else "Triton"
+            step = "apt install g++" if name == "InvalidCxxCompiler" else "pip install triton"
+            return f"no working {what} was found; install one ({step}), see `sparsecc doctor`"
+        if isinstance(error, OSError) and _in_cache_folder(error.filename):
+            return (
+                f"Inductor's cache folder cannot be written ({error.strerror}: {error.filename}); "
+                "set TORCHINDUCTOR_CACHE_DIR to a folder that can"
+            )
+        error = error.__cause__ or error.__context__ or getattr(error, "inner_exception", None)
+    return ""
+
+
+def _in_cache_folder(path: object) -> bool:
+    folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
+        tempfile.gettempdir(), "torchinductor_"
+    )
+    return isinstance(path, str) and os.path.abspath(path).startswith(os.path.abspath(folder))

@@ -1,0 +1,214 @@
+"""One graph's way through the compiler: capture, passes, hoisting, lowering, and what runs at each call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from sparsecc import _torch, pipeline
+from sparsecc.capture import from_dynamo
+from sparsecc.dump.stages import GraphStages, Stage
+from sparsecc.errors import CaptureError, PassError, SparseccError, first_line
+from sparsecc.hoist import Hoisted, hoist
+from sparsecc.instruments import Artifacts, Fuel, Instrument, PrintOnChange, Snapshots
+from sparsecc.log import artifact, log
+from sparsecc.options import Options
+from sparsecc.program import Program, Role
+from sparsecc.proof import FirstCall
+from sparsecc.report.model import GraphReport, Report
+from sparsecc.runtime.fresh import FreshWeights
+
+Compiled = Callable[..., Any]
+
+
+def compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None
+) -> Compiled:
+    """See :func:`sparsecc.backend.sparsecc`."""
+    report = options.report if isinstance(options.report, Report) else Report()
+    record = GraphReport(len(report.graphs))
+    report.graphs.append(record)
+    instruments = instruments_for(options, record.index)
+    started = time.perf_counter()
+    try:
+        program, applied = _rewrite(gm, example_inputs, options, record, instruments)
+    except SparseccError as error:
+        if options.strict:
+            raise
+        log.warning("graph %d goes to Inductor untouched: %s", record.index, error)
+        record.fell_through = ("capture: " if isinstance(error, CaptureError) else "") + str(error)
+        program, applied = None, 0
+    record.seconds["sparsecc"] = time.perf_counter() - started
+    if program is None or any(s.role is Role.PARAMETER for s in program.slots.values()):
+        # A graph without parameters (glue between graph breaks) has nothing to require of.
+        pipeline.check_requirements({n: p.applied for n, p in record.passes.items()}, options)
+    pipeline.announce(record, options)
+    try:
+        if program is None or applied == 0:
+            # Nothing of ours is worth having: the floor is Inductor's own result on Dynamo's graph.
+            record.fell_through = record.fell_through or "no rewrite applied"
+            compiled = _lower(gm, example_inputs, options, mode, record)
+        else:
+            compiled = _rewritten(gm, program, example_inputs, options, mode, record, instruments)
+    except _torch.RESTARTS:
+        report.graphs.remove(record)  # Dynamo will hand over this graph again
+        raise
+    publish(report, record, options, instruments)
+    return compiled
+
+
+def _rewritten(
+    gm: fx.GraphModule,
+    program: Program,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    record: GraphReport,
+    instruments: Sequence[Instrument],
+) -> Compiled:
+    """Compile the rewritten program; Dynamo's graph if Inductor refuses it."""
+    try:
+        return _compile(program, example_inputs, options, mode, record, instruments)
+    except _torch.RESTARTS:
+        raise
+    except Exception as error:
+        if options.strict:
+            raise
+        log.warning(
+            "graph %d: Inductor refused the rewritten graph: %s", record.index, first_line(error)
+        )
+        record.fell_through = f"lowering: {type(error).__name__}: {first_line(error)}"
+        return _lower(gm, example_inputs, options, mode, record)
+
+
+def _rewrite(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    record: GraphReport,
+    instruments: Sequence[Instrument],
+) -> tuple[Program | None, int]:
+    if not options.pipeline() and not any(isinstance(i, Snapshots) for i in instruments):
+        return None, 0
+    try:
+        with _timed(record, "capture"):
+            program = from_dynamo(gm, example_inputs)
+        record.trains = program.trains
+        with _timed(record, "passes"):
+            return program, pipeline.run(program, options, record, instruments)
+    except SparseccError:
+        raise
+    except Exception as error:  # a defect of ours must not cost the user the model
+        raise PassError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+def _compile(
+    program: Program,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    record: GraphReport,
+    instruments: Sequence[Instrument],
+) -> Compiled:
+    with _timed(record, "hoist"):
+        hoisted = None if program.trains else hoist(program)
+    main = program if hoisted is None else hoisted.main
+    main.module.recompile()
+    for instrument in instruments:
+        instrument.stage("lowered", main, True)
+    if hoisted is None:
+        compiled = _lower(main.module, example_inputs, options, mode, record)
+    else:
+        inputs = [example_inputs[i] for i in hoisted.keep]
+        folded = [p.meta["val"] for p in main.placeholders()[len(inputs) :]]
+        record.folded = len(folded)
+        record.folded_bytes = sum(f.numel() * f.element_size() for f in folded)
+        inner = _lower(main.module, [*inputs, *folded], options, mode, record)
+        compiled = _with_fresh_weights(inner, hoisted, options)
+    if options.verify == "off":
+        return compiled
+    snapshots = next(i for i in instruments if isinstance(i, Snapshots))
+    return FirstCall(compiled, snapshots.stages, options, record)
+
+
+def _with_fresh_weights(inner: Compiled, hoisted: Hoisted, options: Options) -> Compiled:
+    """Add the folded weights to each call, folding again when a source has changed."""
+    fresh = FreshWeights(hoisted.evaluate, options.freshness)
+    sources, keep, get = hoisted.sources, hoisted.keep, fresh.get
+
+    def call(*args: Any) -> Any:
+        return inner(*[args[i] for i in keep], *get([args[i] for i in sources]))
+
+    call.fresh_weights = fresh  # type: ignore[attr-defined]
+    return call
+
+
+def _lower(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    options: Options,
+    mode: str | None,
+    record: GraphReport,
+) -> Compiled:
+    with _timed(record, options.lower):
+        if options.lower == "eager":
+            return module.forward
+        if options.lower == "aot_eager":
+            return _torch.aot_eager(module, inputs)
+        try:
+            return _torch.inductor(module, inputs, mode, dict(options.inductor))
+        except _torch.RESTARTS:
+            raise
+        except Exception as error:
+            problem = _torch.toolchain_problem(error)
+            if options.strict or not problem:
+                raise
+            log.warning(
+                "graph %d runs without generated code (lower='aot_eager'): %s",
+                record.index,
+                problem,
+            )
+            return _torch.aot_eager(module, inputs)
+
+
+def instruments_for(options: Options, index: int) -> list[Instrument]:
+    found: list[Instrument] = [Artifacts(index), PrintOnChange()]
+    if options.fuel is not None:
+        found.append(Fuel(options.fuel))
+    if options.verify != "off" or options.dump is not None or options.keep_stages is not None:
+        found.append(Snapshots())
+    return found
+
+
+def publish(
+    report: Report, record: GraphReport, options: Options, instruments: Sequence[Instrument]
+) -> None:
+    artifact(f"{record.index}_report", report.to_json)
+    report.save()
+    snapshots = [i for i in instruments if isinstance(i, Snapshots)]
+    if not snapshots:
+        return
+    stages = GraphStages(record.index, [Stage(s.name, s.program) for s in snapshots[0].stages])
+    if options.keep_stages is not None:
+        options.keep_stages.append(stages)
+    if options.dump is not None:
+        from sparsecc.dump.stages import write_folder
+
+        write_folder([stages], report, options.dump, ["text"])
+
+
+class _timed:  # noqa: N801 - reads as a statement
+    """Adds the time of a block to the record."""
+
+    def __init__(self, record: GraphReport, name: str) -> None:
+        self.record, self.name = record, name
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.started
+        self.record.seconds[self.name] = self.record.seconds.get(self.name, 0.0) + spent

@@ -1,0 +1,1 @@
+"""Programs on disk: every stage of a compile, in every format."""

@@ -1,0 +1,255 @@
+"""Every private PyTorch name in ``sparsecc/_torch.py`` exists and behaves as assumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sparsecc import _torch
+
+
+def compile_with(backend: Callable[..., Any], function: Callable[..., Any], *args: Any) -> Any:
+    return torch.compile(function, backend=backend, fullgraph=True)(*args)
+
+
+def test_supported_release() -> None:
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    assert (2, 11) <= (major, minor) <= (2, 14), (
+        "widen the range in pyproject.toml and run all tests"
+    )
+
+
+@pytest.mark.parametrize("kind", _torch.RESTARTS)
+def test_restarts_pass_through_dynamo(kind: type[Exception]) -> None:
+    """Dynamo acts on these; were they reported as a failure of the backend, catching them would be right."""
+    from torch._dynamo import exc
+
+    assert issubclass(kind, exc.TorchDynamoException)
+    assert not issubclass(kind, exc.BackendCompilerFailed)
+    assert issubclass(exc.TensorifyScalarRestartAnalysis, exc.RestartAnalysis)
+
+
+def test_a_restart_runs_the_backend_again() -> None:
+    """What AOTAutograd does to specialise a float: the backend sees the same frame twice."""
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    calls: list[int] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise TensorifyScalarRestartAnalysis(restart_reason="canary")
+        return gm.forward
+
+    assert torch.equal(compile_with(backend, lambda x: x + 1, torch.zeros(2)), torch.ones(2))
+    assert len(calls) == 2
+
+
+def names_in_graph(function: Callable[..., Any], *args: Any) -> set[str]:
+    """Modules of the functions in Dynamo's graph."""
+    found: set[str] = set()
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.update(
+            getattr(n.target, "__module__", "") or ""
+            for n in gm.graph.nodes
+            if n.op == "call_function"
+        )
+        return gm.forward
+
+    compile_with(backend, function, *args)
+    return found
+
+
+def test_stateful_modules() -> None:
+    """The transforms leave calls of exactly these modules in Dynamo's graph, and nothing else new."""
+    x = torch.randn(3)
+    seen = names_in_graph(lambda v: torch.vmap(torch.sin)(v), x)
+    torch._dynamo.reset()
+    seen |= names_in_graph(lambda v: torch.func.grad(lambda r: r.sin().sum())(v), x)
+    torch._dynamo.reset()
+    seen |= names_in_graph(lambda v: torch.func.jvp(torch.sin, (v,), (v,))[1], x)
+    assert seen >= _torch.STATEFUL_MODULES
+    assert seen - _torch.STATEFUL_MODULES <= {"torch", "torch._C", "_operator"}
+
+
+def test_level_switches_are_named_so() -> None:
+    """Capture counts functorch's level by the names of its switches."""
+    names: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        names.extend(getattr(n.target, "__name__", "") for n in gm.graph.nodes)
+        return gm.forward
+
+    compile_with(backend, lambda v: torch.vmap(torch.func.grad(torch.sin))(v), torch.randn(3))
+    up = [n for n in names if n.endswith("_increment_nesting")]
+    down = [n for n in names if n.endswith("_decrement_nesting")]
+    assert up == ["_vmap_increment_nesting", "_grad_increment_nesting"]
+    assert down == ["_grad_decrement_nesting", "_vmap_decrement_nesting"]
+
+
+def test_backend_fake_mode() -> None:
+    """Inside a compile, the mode that the example inputs' fake values belong to in AOTAutograd."""
+    assert _torch.backend_fake_mode() is None
+    modes: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        mode = _torch.backend_fake_mode()
+        (placeholder,) = gm.graph.find_nodes(op="placeholder")
+        modes.append((mode, placeholder.meta["example_value"].fake_mode))
+        return gm.forward
+
+    compile_with(backend, lambda x: x + 1, torch.zeros(2))
+    ((mode, dynamos),) = modes
+    assert isinstance(mode, FakeTensorMode)
+    assert mode.shape_env is dynamos.shape_env, "sizes of both modes are the same symbols"
+
+
+def test_functorch_wrapped() -> None:
+    seen: list[bool] = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append(_torch.is_functorch_wrapped(x))
+        return x.sum()
+
+    torch.vmap(look)(torch.zeros(2, 2))
+    torch.func.grad(look)(torch.zeros(2))
+    look(torch.zeros(2))
+    assert seen == [True, True, False]
+
+
+def test_tensor_subclasses() -> None:
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert _torch.is_tensor_subclass(TwoTensor(torch.zeros(1), torch.ones(1)))
+    assert not _torch.is_tensor_subclass(torch.nn.Parameter(torch.zeros(1)))
+    assert not _torch.is_tensor_subclass(3)
+
+
+def test_unbacked_symbols() -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    env = ShapeEnv()
+    size = env.create_unbacked_symint()
+    with FakeTensorMode(shape_env=env):
+        tensor = torch.zeros(size)
+    assert _torch.has_unbacked_symbols(size)
+    assert _torch.has_unbacked_symbols(tensor)
+    assert _torch.has_unbacked_symbols([1, (tensor,)])
+    assert not _torch.has_unbacked_symbols([torch.zeros(2), 1, "text"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [None, "default", "max-autotune-no-cudagraphs"])
+def test_inductor(mode: str | None) -> None:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.inductor(gm, inputs, mode, {"epilogue_fusion": False})
+
+    x = torch.randn(4)
+    assert torch.allclose(compile_with(backend, lambda v: v.sin() + 1, x), x.sin() + 1)
+
+
+def test_inductor_validates_its_options() -> None:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.inductor(gm, inputs, None, {"no_such_option": 1})
+
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="no_such_option"):
+        compile_with(backend, torch.sin, torch.zeros(2))
+
+
+def test_aot_eager() -> None:
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.aot_eager(gm, inputs)
+
+    x = torch.randn(4, requires_grad=True)
+    compile_with(backend, torch.sin, x).sum().backward()
+    assert torch.allclose(x.grad, x.detach().cos())
+
+
+def test_graph_breaks_are_counted() -> None:
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    before = sum(_torch.graph_breaks().values())
+    torch.compile(broken, backend="eager")(torch.zeros(2))
+    assert sum(_torch.graph_breaks().values()) == before + 1
+
+
+def test_throwaway_compiles_are_not_limited() -> None:
+    from torch._dynamo import config
+
+    limits = config.recompile_limit, config.accumulated_recompile_limit
+    with _torch.throwaway_compile():
+        assert config.recompile_limit > limits[0]
+        assert config.accumulated_recompile_limit > limits[1]
+    assert (config.recompile_limit, config.accumulated_recompile_limit) == limits
+
+
+# Private names outside the shim that capture and hoisting rest on.
+
+
+def test_region_switches() -> None:
+    """Autocast and grad mode are calls in Dynamo's graph, with these targets and arguments."""
+    nodes: list[fx.Node] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        nodes.extend(n for n in gm.graph.nodes if n.op == "call_function")
+        return gm.forward
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+            x = x @ x
+        return x
+
+    compile_with(backend, function, torch.eye(2))
+    grad, enter, _, leave, grad_back = nodes
+    assert grad.target is grad_back.target is torch._C._set_grad_enabled
+    assert (grad.args, grad_back.args) == ((False,), (True,))
+    assert enter.target is torch.amp.autocast_mode._enter_autocast
+    assert leave.target is torch.amp.autocast_mode._exit_autocast
+    assert leave.args == (enter,)
+    assert enter.args[:3] == ("cpu", torch.bfloat16, True)
+
+
+def test_sources_of_inputs() -> None:
+    """Names, parameters and buffers are read off Dynamo's sources."""
+    from sparsecc.capture import qualified_name
+
+    names: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        for node in gm.graph.find_nodes(op="placeholder"):
+            name = node._dynamo_source.name
+            names.append(name() if callable(name) else name)
+        return gm.forward
+
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).eval()
+    compile_with(backend, model, torch.zeros(1, 2))
+    assert "0.weight" in {qualified_name(n) for n in names if "_parameters[" in n}
+    assert "1.running_mean" in {qualified_name(n) for n in names if "_buffers[" in n}
+
+
+def test_static_inputs_keep_their_address() -> None:
+    """The mark that folded weights carry makes an input static: CUDA graphs do not copy it."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    found: list[list[int]] = []
+
+    def record(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        found.append(torch._guards.TracingContext.get().fw_metadata.static_input_indices)
+        return gm.forward
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        second = list(gm.graph.find_nodes(op="placeholder"))[1]
+        second.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        return aot_autograd(fw_compiler=record)(gm, inputs)
+
+    compile_with(backend, torch.add, torch.zeros(2), torch.zeros(2))
+    assert found == [[1]]
