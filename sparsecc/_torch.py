@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -50,6 +50,29 @@ def is_tensor_subclass(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and bool(is_traceable_wrapper_subclass(value))
 
 
+def local_part(value: torch.Tensor) -> torch.Tensor | None:
+    """What this rank holds of a DTensor; None for any other tensor."""
+    if not is_tensor_subclass(value) or not torch.distributed.is_available():
+        return None
+    from torch.distributed.tensor import DTensor
+
+    return value._local_tensor if isinstance(value, DTensor) else None
+
+
+def is_gathered(placeholder: fx.Node) -> bool:
+    """Whether FSDP manages the module that an input comes from.
+
+    Such a weight is gathered into fresh memory for each call, under a version counter that is held still:
+    nothing that the tensor itself shows tells whether its values are those of the call before.
+    """
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return False
+    kind = source.guard_source
+    kind = kind() if callable(kind) else kind  # a method before torch 2.12
+    return bool(kind.is_fsdp_module())
+
+
 def has_unbacked_symbols(value: Any) -> bool:
     """Whether a size in ``value`` is only known at run time (``.item()``, ``nonzero``)."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
@@ -80,6 +103,13 @@ def aot_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., An
 
     compiled: Callable[..., Any] = lookup_backend("aot_eager")(module, list(inputs))
     return compiled
+
+
+def constant_sources(names: Iterable[str]) -> dict[str, Any]:
+    """Where tensors come from that a trace made and no input holds: AOTAutograd asks for each attribute."""
+    from torch._dynamo.source import ConstantSource
+
+    return {name: ConstantSource(name) for name in names}
 
 
 def graph_breaks() -> dict[str, int]:

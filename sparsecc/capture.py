@@ -34,9 +34,13 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
             raise CaptureError(f"{node.name} changes the shape of a tensor in place")
     module = fx.GraphModule(_root(gm, lowering.constants), graph)
     copy_origin(gm, module)
+    sources: Any = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        sources = {**sources, **_torch.constant_sources(lowering.constants)}
+        module._param_name_to_source = sources
     slots: dict[str, Slot] = {}
     for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=True):
-        if _torch.is_tensor_subclass(value):
+        if _torch.is_tensor_subclass(value) and _torch.local_part(value) is None:
             raise CaptureError(f"input {node.name} is a tensor subclass, {type(value).__name__}")
         slots[node.name] = _slot(node, value)
     trains = any(isinstance(v, torch.Tensor) and v.requires_grad for v in example_inputs)
@@ -45,7 +49,8 @@ def from_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Program:
             # Weight expressions stand at the top of the graph, where gradients are off.
             raise CaptureError("gradients are switched on inside a call made under no_grad")
         trains = False
-    return Program(module, slots, fake_mode, dict(lowering.opaque), trains)
+    transient = any(map(_torch.is_gathered, graph.find_nodes(op="placeholder")))
+    return Program(module, slots, fake_mode, dict(lowering.opaque), trains, transient)
 
 
 def from_export(exported: torch.export.ExportedProgram) -> Program:
@@ -122,6 +127,10 @@ def _slot(node: fx.Node, value: Any) -> Slot:
     if isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         return Slot(node.name, Role.SYMBOL, "")
     storage = _storage(value)
+    if _torch.is_tensor_subclass(value):
+        # Not a weight to the passes: what they would write mixes plain and sharded tensors, and folding it
+        # again is a decision that one rank cannot take alone where it needs a collective.
+        return Slot(node.name, Role.INPUT, name, storage)
     if isinstance(value, torch.nn.Parameter) or "._parameters[" in name:
         return Slot(node.name, Role.PARAMETER, qualified_name(name) or node.name, storage)
     if "._buffers[" in name:
@@ -130,7 +139,11 @@ def _slot(node: fx.Node, value: Any) -> Slot:
 
 
 def _storage(value: Any) -> int:
-    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor):
+    if not isinstance(value, torch.Tensor):
+        return 0
+    local = _torch.local_part(value)
+    value = value if local is None else local
+    if isinstance(value, FakeTensor):
         return 0
     try:
         return int(value.untyped_storage()._cdata)

@@ -47,7 +47,7 @@ def compile_graph(
         pipeline.check_requirements({n: p.applied for n, p in record.passes.items()}, options)
     pipeline.announce(record, options)
     try:
-        if program is None or applied == 0:
+        if program is None or (applied == 0 and options.floor):
             # Nothing of ours is worth having: the floor is Inductor's own result on Dynamo's graph.
             record.fell_through = record.fell_through or "no rewrite applied"
             compiled = _lower(gm, example_inputs, options, mode, record)
@@ -114,7 +114,7 @@ def _compile(
     instruments: Sequence[Instrument],
 ) -> Compiled:
     with _timed(record, "hoist"):
-        hoisted = None if program.trains else hoist(program)
+        hoisted = None if program.recomputes else hoist(program)
     main = program if hoisted is None else hoisted.main
     main.module.recompile()
     for instrument in instruments:

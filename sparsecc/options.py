@@ -38,6 +38,8 @@ class Options:
             generation) or "eager".
         freshness: how changed weights are noticed at each call: "probe" (identity, address, version and a
             sampled content check), "version" (without the samples), "hash" (all contents, slow).
+        floor: hand Inductor Dynamo's own graph where no rewrite applies. False compiles the captured program
+            there too, so that tests of capture cannot pass by doing nothing.
         fuel: apply at most this many rewrites (for bisection).
         dump: a folder to write every stage of every graph to, or None.
         report: a ``Report`` to fill, or a path (``.json`` or ``.html``) to write.
@@ -55,6 +57,7 @@ class Options:
     codegen: str = "auto"
     lower: str = "inductor"
     freshness: str = "probe"
+    floor: bool = True
     fuel: int | None = None
     dump: str | None = None
     report: Any = None
@@ -203,6 +206,7 @@ _PARSERS: dict[str, Any] = {
     "disable": _pass_names,
     "require": _require,
     "strict": _flag,
+    "floor": _flag,
     "fuel": _count,
     "report": _report,
     "recipe": _no_recipe,

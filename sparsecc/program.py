@@ -70,6 +70,8 @@ class Program:
         fake_mode: the mode that all ``meta["val"]`` belong to.
         opaque: node names copied as Dynamo had them (not ATen), with the reason.
         trains: whether gradients may flow through this program.
+        transient: whether its weights are filled anew for each call (FSDP gathers them), so that nothing
+            computed from them may be kept.
     """
 
     module: fx.GraphModule
@@ -77,7 +79,13 @@ class Program:
     fake_mode: FakeTensorMode
     opaque: dict[str, str] = field(default_factory=dict)
     trains: bool = False
+    transient: bool = False
     version: int = 0
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether weight expressions stay in the graph and run at every call."""
+        return self.trains or self.transient
 
     @property
     def graph(self) -> fx.Graph:
@@ -116,7 +124,13 @@ class Program:
             if node.name != new.name:
                 new._rename(node.name)
         return Program(
-            module, dict(self.slots), self.fake_mode, dict(self.opaque), self.trains, self.version
+            module,
+            dict(self.slots),
+            self.fake_mode,
+            dict(self.opaque),
+            self.trains,
+            self.transient,
+            self.version,
         )
 
     # ---- edits: all passes go through these, so that metadata is never lost ----------------------

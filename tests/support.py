@@ -37,6 +37,13 @@ def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
+def managed_by_fsdp(model: nn.Module) -> nn.Module:
+    """``model`` with the marks that FSDP leaves for Dynamo, and nothing else of it."""
+    for module in model.modules():
+        module._is_fsdp_managed_module = module._fsdp_use_orig_params = True  # type: ignore[assignment]
+    return model
+
+
 def capture(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> Program:
     """The program that Dynamo's graph of ``function(*args)`` becomes (one graph)."""
     programs: list[Program] = []

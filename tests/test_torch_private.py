@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from torch import fx
+from torch import distributed, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from sparsecc import _torch
 
@@ -22,6 +25,72 @@ def test_supported_release() -> None:
     assert (2, 11) <= (major, minor) <= (2, 14), (
         "widen the range in pyproject.toml and run all tests"
     )
+
+
+@pytest.fixture
+def alone() -> Iterator[DeviceMesh]:
+    """A process group of one."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_local_part(alone: DeviceMesh) -> None:
+    plain = torch.randn(4)
+    sharded = distribute_tensor(plain, alone, [Shard(0)])
+    assert _torch.local_part(plain) is None
+    part = _torch.local_part(sharded)
+    assert part is not None
+    assert part.data_ptr() == sharded.to_local().data_ptr()
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_fsdp_marks_its_inputs(alone: DeviceMesh, wrapped: bool) -> None:
+    """Dynamo's sources say so, for the module itself and for what is inside."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x)
+
+    model = Net()
+    if wrapped:
+        fully_shard(model, mesh=alone)
+    found: dict[str, bool] = {}
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        for node in gm.graph.find_nodes(op="placeholder"):
+            found[str(node.target)] = _torch.is_gathered(node)
+        return gm.forward
+
+    torch.compile(model, backend=backend)(torch.randn(2, 4))
+    weights = {name: mark for name, mark in found.items() if "parameters" in name}
+    assert len(weights) == 2
+    assert set(weights.values()) == {wrapped}
+    assert sum(found.values()) == 2 * wrapped
+
+
+def test_fsdp_holds_the_version_still(alone: DeviceMesh) -> None:
+    """Why such weights are never folded: new values in the same tensor, and its version does not move."""
+    model = nn.Linear(4, 4)
+    fully_shard(model, mesh=alone)
+    seen: list[tuple[int, int, float]] = []
+
+    def look(module: nn.Module, *_: Any) -> None:
+        weight = module.weight
+        seen.append((id(weight), weight._version, float(weight.detach().sum())))
+
+    model.register_forward_hook(look)
+    with torch.no_grad():
+        for _ in range(2):
+            model(torch.randn(2, 4))
+            model.reshard()
+            model.weight.to_local().add_(1)
+    assert seen[0][:2] == seen[1][:2]
+    assert seen[0][2] != seen[1][2]
 
 
 @pytest.mark.parametrize("kind", _torch.RESTARTS)
@@ -169,6 +238,22 @@ def test_aot_eager() -> None:
     x = torch.randn(4, requires_grad=True)
     compile_with(backend, torch.sin, x).sum().backward()
     assert torch.allclose(x.grad, x.detach().cos())
+
+
+def test_constant_sources() -> None:
+    """AOTAutograd asks where each attribute comes from, also of one that a backend made."""
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        gm.register_buffer("made", torch.full((2,), 3.0))
+        add = next(n for n in gm.graph.nodes if n.op == "call_function")
+        with gm.graph.inserting_before(add):
+            add.update_arg(1, gm.graph.get_attr("made"))
+        gm._param_name_to_source.update(_torch.constant_sources(["made"]))
+        gm.recompile()
+        return _torch.aot_eager(gm, inputs)
+
+    result = compile_with(backend, lambda x: x + 1, torch.zeros(2))
+    assert torch.equal(result, torch.full((2,), 3.0))
 
 
 def test_graph_breaks_are_counted() -> None:

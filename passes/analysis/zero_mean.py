@@ -40,7 +40,7 @@ aten = torch.ops.aten
 SAVED = 100
 AT_RUN_TIME = 150  # a mean subtracted from an activation: a reduction and a pass over it
 FOLDED = 1  # Π folded into a weight once
-FOLDED_EACH_STEP = 10  # in training it is folded in every step
+FOLDED_EACH_STEP = 10  # in training, and under FSDP, it is folded in every step
 TABLE = 120  # an embedding table: a second copy of it, so never for one norm alone
 BIG_TABLE = 160  # a copy that costs more than the subtraction would
 BIG = 8 * 2**20  # bytes
@@ -163,7 +163,9 @@ class _Planner:
         for operand in carried.operands:
             if not self._zero_mean(operand):
                 self._arc(operand, made, INFINITE)
-                self._arc(made, operand, AT_RUN_TIME)
+                # One part of a split does not read the operand itself: it has no edge to subtract on.
+                direct = operand[0] in node.all_input_nodes
+                self._arc(made, operand, AT_RUN_TIME if direct else INFINITE)
         return list(carried.operands)
 
     def _readers(self, value: Value) -> list[Value]:
@@ -229,7 +231,7 @@ class _Planner:
             return AT_RUN_TIME
         if producer.kind == "embedding":
             return TABLE if nbytes(producer.weight) <= BIG else BIG_TABLE
-        return FOLDED_EACH_STEP if self.program.trains else FOLDED
+        return FOLDED_EACH_STEP if self.program.recomputes else FOLDED
 
     def _zero_mean(self, value: Value) -> bool:
         """Rows that have no mean already: an affine-free LayerNorm over the axis, zeros."""

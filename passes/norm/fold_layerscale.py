@@ -49,6 +49,8 @@ class FoldLayerScale(Pass):
         "fan-out": "something else reads the unscaled value too",
         "tied": "the weight is shared with another node",
         "training": "folding in every step costs more than it saves; name the pass to force it",
+        "gathered": "FSDP gathers the weights anew for each call, so nothing folded could be kept; name the "
+        "pass to force it",
         "region": "an autocast or grad-mode region begins or ends between the factor and its producer",
     }
 
@@ -78,8 +80,9 @@ class FoldLayerScale(Pass):
         mode = context.analyses.get(modes)
         if mode[linear.node] != mode[match.node]:
             return Refusal.at(linear.node, "region", self.refusals["region"])
-        if context.trains and not context.explicit:
-            return Refusal.at(match.node, "training", self.refusals["training"])
+        if context.program.recomputes and not context.explicit:
+            code = "training" if context.trains else "gathered"
+            return Refusal.at(match.node, code, self.refusals[code])
         return None
 
     def rewrite(self, match: Match, context: Context) -> None:

@@ -64,6 +64,8 @@ class FoldNormAffine(Pass):
         "not-a-weight": "the norm's scale or shift is not a weight, or the program writes it",
         "tied": "a reader's weight is shared with another node (pass option untie=True folds a copy)",
         "training": "folding in every step costs more than it saves; name the pass to force it",
+        "gathered": "FSDP gathers the weights anew for each call, so nothing folded could be kept; name the "
+        "pass to force it",
         "region": "an autocast or grad-mode region begins or ends between the norm and a reader",
     }
 
@@ -122,8 +124,9 @@ class FoldNormAffine(Pass):
         for linear in reads.linears:
             if mode[linear.node] != mode[match.node]:
                 return Refusal.at(linear.node, "region", self.refusals["region"])
-        if context.trains and not context.explicit:
-            return Refusal.at(match.node, "training", self.refusals["training"])
+        if context.program.recomputes and not context.explicit:
+            code = "training" if context.trains else "gathered"
+            return Refusal.at(match.node, code, self.refusals[code])
         return None
 
     def rewrite(self, match: Match, context: Context) -> None:

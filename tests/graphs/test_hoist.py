@@ -125,7 +125,7 @@ def test_folded_weights_share_no_memory() -> None:
         program = capture(model, torch.randn(2, 16, dtype=torch.float64))
     (linear,) = program.calls(aten.linear.default)
     build = program.weight("test", linear)
-    view = build.call(aten.squeeze.dim, build.unsqueeze(linear.args[1], 0), 0)
+    view = build.call(aten.squeeze.dim, build.call(aten.unsqueeze.default, linear.args[1], 0), 0)
     linear.update_arg(1, view)
     hoisted = hoist(program)
     assert hoisted is not None

@@ -6,7 +6,16 @@ import copy
 
 import pytest
 import torch
-from support import Block, check_exact, check_training, error, randomise, refusals, run
+from support import (
+    Block,
+    check_exact,
+    check_training,
+    error,
+    managed_by_fsdp,
+    randomise,
+    refusals,
+    run,
+)
 from torch import nn
 
 NAME = "fold-layerscale"
@@ -173,3 +182,10 @@ def test_other_axes_are_not_a_layer_scale(shape: tuple[int, ...]) -> None:
 
     report = check_exact(randomise(Other()), X, applied={NAME: 0}, **ONLY)
     assert report[NAME].matches == []
+
+
+def test_gathered_weights_are_refused() -> None:
+    with torch.no_grad():
+        _, report = run(managed_by_fsdp(randomise(Scaled()).eval()), X)
+    assert refusals(report, NAME) == ["gathered"] * 2
+    assert sum(graph.folded for graph in report.graphs) == 0

@@ -6,7 +6,17 @@ import copy
 
 import pytest
 import torch
-from support import PreNorm, check_exact, check_training, error, ids, randomise, refusals, run
+from support import (
+    PreNorm,
+    check_exact,
+    check_training,
+    error,
+    ids,
+    managed_by_fsdp,
+    randomise,
+    refusals,
+    run,
+)
 from torch import nn
 
 import sparsecc
@@ -329,3 +339,16 @@ def test_option_is_checked() -> None:
         sparsecc.Options.parse({"passes": {NAME: {"untie": 3}}})
     with pytest.raises(sparsecc.OptionsError, match="Did you mean 'untie'"):
         sparsecc.Options.parse({"passes": {NAME: {"unti": True}}})
+
+
+def test_gathered_weights_are_refused() -> None:
+    """FSDP gathers them anew for each call, and no signal tells whether they have changed."""
+    model = managed_by_fsdp(randomise(PreNorm()).double().eval())
+    with torch.no_grad():
+        _, report = run(model, ids())
+        assert set(refusals(report, NAME)) == {"gathered"}
+        assert report["layernorm-to-rmsnorm"].applied == 5
+        result, report = run(model, ids(), **ONLY)
+        assert error(result, model(ids())) < 1e-12
+    assert report[NAME].applied == 5
+    assert sum(graph.folded for graph in report.graphs) == 0

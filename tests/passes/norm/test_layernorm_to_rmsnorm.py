@@ -545,3 +545,16 @@ def test_what_carries_the_features(function, axis, carried) -> None:
     torch.testing.assert_close(
         function(inputs["x"], inputs["y"]), expected - expected.mean(axis, keepdim=True)
     )
+
+
+def test_one_part_of_a_pinned_stream() -> None:
+    """The whole stream is read raw, one part of it is normalized: the part is recentred on its own."""
+
+    class Part(Stream):
+        def forward(self, x):
+            x = self.first(x)
+            part = x.unbind(1)[1]
+            y = part + self.blocks[0].mix(self.blocks[0].norm1(part))
+            return self.head(self.norm(y)), x.sum()
+
+    check_exact(stream(Part), X, applied={NAME: 2}, **ONLY)
