@@ -18,13 +18,15 @@ EXTRAS := dev,models,triton,mlir
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 DEMO_ARGS ?=
+FUZZ_ARGS ?= --jobs 2
+CONFORMANCE_ARGS ?=
 
 # Weights come from installed packages; a hub request would only hang or fail.
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # --- Environment --------------------------------------------------------------------------------
 
@@ -72,11 +74,19 @@ demo: setup assets ## Compile real models and show what was rewritten
 bench: setup assets ## Run the benchmarks
 	$(PY) benchmarks/run.py $(BENCH_ARGS)
 
+.PHONY: conformance
+conformance: setup assets ## Judge PyTorch's databases and the model zoos (hours)
+	PYTHONPATH=tests $(PY) -m conformance.run $(CONFORMANCE_ARGS)
+
 # --- Checks -------------------------------------------------------------------------------------
 
 .PHONY: test
 test: setup assets lint types ## Lint, type-check and run the tests
 	$(PY) -m pytest $(PYTEST_ARGS)
+
+.PHONY: fuzz
+fuzz: setup ## Try random programs until interrupted (FUZZ_ARGS="--cases 1000 --seed 7 --jobs 2")
+	PYTHONPATH=tests $(PY) -m fuzz.run $(FUZZ_ARGS)
 
 .PHONY: lint
 lint: setup ## Check style and formatting

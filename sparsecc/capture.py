@@ -110,6 +110,8 @@ def _export_slot(node: fx.Node, spec: torch.export.graph_signature.InputSpec) ->
 
 def _reshapes_in_place(node: fx.Node) -> bool:
     """``transpose_``, ``squeeze_``, ``resize_`` and the like, lowered or as Dynamo had them."""
+    if node.target in (torch.ops.aten.detach_.default, "detach_"):
+        return False  # tagged like them, but it changes no shape
     if isinstance(node.target, torch._ops.OpOverload):
         return torch.Tag.inplace_view in node.target.tags
     if node.op != "call_method" or not str(node.target).endswith("_"):

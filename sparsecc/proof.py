@@ -174,6 +174,8 @@ def compare(name: str, got: torch.Tensor, eager: torch.Tensor, exact: torch.Tens
     if not exact.dtype.is_floating_point and not exact.dtype.is_complex:
         same = bool(torch.equal(got, eager))
         return TensorError(name, 0.0, float(not same), 0.0, float(not same), 0.0, 0.0, same)
+    if got.is_complex() and eager.is_complex() and exact.is_complex():
+        got, eager, exact = (_parts(t) for t in (got, eager, exact))
     unit = torch.finfo(eager.dtype).eps
     scale_rmse, scale_max = _rms(exact), _largest(exact)
     eager_rmse, eager_max = _errors(eager, exact)
@@ -243,16 +245,22 @@ def _no_p(node: fx.Node) -> bool:
 
 
 def _errors(value: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
-    if value.shape != exact.shape:
+    if value.shape != exact.shape or value.is_complex() != exact.is_complex():
         return math.inf, math.inf
     error = (value.detach().double() - exact).abs()
     error = error[exact.isfinite()]
     return _rms(error), _largest(error)
 
 
+def _parts(value: torch.Tensor) -> torch.Tensor:
+    """Real and imaginary parts side by side in each row: ``double()`` would drop the latter."""
+    parts = torch.view_as_real(value.detach().resolve_conj())
+    return parts.flatten(-2) if parts.dim() > 1 else parts
+
+
 def _rms(value: torch.Tensor) -> float:
     finite = value[value.isfinite()] if value.numel() else value
-    return float(finite.double().pow(2).mean().sqrt()) if finite.numel() else 0.0
+    return float(finite.abs().double().pow(2).mean().sqrt()) if finite.numel() else 0.0
 
 
 def _largest(value: torch.Tensor) -> float:

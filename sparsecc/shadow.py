@@ -11,15 +11,20 @@ from torch import fx
 
 from sparsecc.program import WEIGHT, no_autocast
 
-_NARROW = (torch.float32, torch.float16, torch.bfloat16)
-_CAST_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
+_WIDE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+}
+_CAST_METHODS = {"float": "double", "half": "double", "bfloat16": "double", "cfloat": "cdouble"}
 _REGIONS = (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast)
 
 
 def widen(value: Any) -> Any:
-    """Floating tensors in fp64; everything else as it is."""
-    if isinstance(value, torch.Tensor) and value.dtype in _NARROW:
-        return value.double()
+    """Floating and complex tensors in fp64; everything else as it is."""
+    if isinstance(value, torch.Tensor) and value.dtype in _WIDE:
+        return value.to(_WIDE[value.dtype])
     return value
 
 
@@ -38,6 +43,11 @@ class Fp64(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and any(
+            self.env.get(a) is result and _dtype(a) != _dtype(n) for a in n.all_input_nodes
+        ):
+            # A cast is a copy, which may be written, also where fp64 casts nothing.
+            result = result.clone()
         if self.seen is not None:
             self.seen(n, result)
         return result
@@ -57,6 +67,11 @@ class Fp64(fx.Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         args, kwargs = _wide_dtypes((args, kwargs))
         return super().call_method(_CAST_METHODS.get(target, target), args, kwargs)
+
+
+def _dtype(node: fx.Node) -> torch.dtype | None:
+    value = node.meta.get("val")
+    return value.dtype if isinstance(value, torch.Tensor) else None
 
 
 def run_fp64(
@@ -98,8 +113,7 @@ class FoldInterpreter(fx.Interpreter):
 
 def _wide_dtypes(value: Any) -> Any:
     return torch.utils._pytree.tree_map(
-        lambda leaf: torch.float64 if isinstance(leaf, torch.dtype) and leaf in _NARROW else leaf,
-        value,
+        lambda leaf: _WIDE.get(leaf, leaf) if isinstance(leaf, torch.dtype) else leaf, value
     )
 
 

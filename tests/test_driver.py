@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import pathlib
@@ -140,6 +141,13 @@ def test_report_as_file(tmp_path: pathlib.Path) -> None:
     data = json.loads((tmp_path / "report.json").read_text())
     assert data["summary"]["layernorm-to-rmsnorm"]["applied"] == 5
     assert "layernorm-to-rmsnorm" in (tmp_path / "report.html").read_text()
+
+
+def test_copied_options_fill_the_report_given() -> None:
+    """transformers' ``generate`` copies its ``CompileConfig`` deeply, twice."""
+    report = sparsecc.Report()
+    call(model(), **copy.deepcopy({"report": report}))
+    assert report["layernorm-to-rmsnorm"].applied == 5
 
 
 def test_dump_option_writes_every_stage(tmp_path: pathlib.Path) -> None:

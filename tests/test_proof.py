@@ -167,11 +167,52 @@ class Cached(nn.Module):
         return y.sum(-1)
 
 
+def test_imaginary_parts_are_compared() -> None:
+    exact = torch.randn(64, 8, dtype=torch.complex128)
+    eager = exact.to(torch.complex64)
+    assert compare("y", eager, eager, exact).passed
+    assert not compare("y", torch.complex(eager.real, eager.imag * 1.001), eager, exact).passed
+    assert not compare("y", eager.real, eager, exact).passed
+
+
+def test_complex_programs_are_proved_in_complex128() -> None:
+    class Rotary(nn.Module):
+        def forward(self, x: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+            return torch.view_as_complex(x) * turn.to(torch.complex64)
+
+    x, turn = torch.randn(8, 4, 2), torch.randn(4, dtype=torch.complex64)
+    report = verify(Rotary(), x, turn, options={"floor": False})
+    final = report.verdicts[-1]
+    assert final.passed
+    assert final.tensors[0].eager_rmse > 0  # complex64 against complex128
+
+
 def test_written_inputs_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(Cached()).eval()
     report = verify(network, torch.randn(2, 2, 16), torch.zeros(2, 4, 16))
     assert report.verified
     assert [t.name for t in report.verdicts[-1].tensors][-1].endswith("after it was written")
+
+
+class Cast(nn.Module):
+    """Writes what a cast returned: a copy of the input, also in fp64, where there is nothing to cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        y = x.to(torch.bfloat16)
+        y.add_(1.0)
+        return self.last(self.norm(self.first(y.float() + x)))
+
+
+def test_the_reference_copies_where_a_cast_does() -> None:
+    report = verify(randomise(Cast()).eval(), torch.randn(4, 8))
+    assert report.verified
+    assert report["layernorm-to-rmsnorm"].applied == 1
+    tensor = report.verdicts[-1].tensors[0]  # eager is near to the reference
+    assert tensor.eager_rmse < 1e-2
 
 
 def test_the_proof_does_not_disturb_the_call() -> None:

@@ -236,6 +236,8 @@ class _Planner:
     def _zero_mean(self, value: Value) -> bool:
         """Rows that have no mean already: an affine-free LayerNorm over the axis, zeros."""
         node, axis = value
+        if self.alias.written(node):
+            return False  # it is filled with something else
         if is_layer_norm(node):
             affine = any(a is not None for a in node.args[2:4])
             return not affine and axis == node.meta["val"].dim() - 1 and len(node.args[1]) == 1  # type: ignore[arg-type]

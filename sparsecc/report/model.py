@@ -139,6 +139,10 @@ class Report:
             total.launches_saved += record.launches_saved
         return total
 
+    def __deepcopy__(self, memo: Any) -> Report:
+        """The same report: it is a place to write to, and others copy options (transformers' ``generate``)."""
+        return self
+
     def __contains__(self, name: object) -> bool:
         return name in self.pass_names()
 

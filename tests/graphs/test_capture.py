@@ -16,47 +16,45 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import Block, PreNorm, capture, error, ids, randomise
+from agreement import own
+from hard import (
+    ALL_BUT_HARD,
+    BOTH,
+    FOLD,
+    NORMS,
+    RMS,
+    TO_RMS,
+    TRANSFORMS,
+    Around,
+    Cache,
+    Checkpointed,
+    D,
+    Doubled,
+    Noisy,
+    StaticCache,
+    Wrong,
+    around,
+    branches,
+    checkpointed,
+    counted,
+    frozen_branch,
+    half_region,
+    loop,
+    rotate_in_place,
+    runs,
+    saved_bytes,
+    scanned,
+    shaped,
+    x64,
+)
+from support import PreNorm, capture, error, ids, randomise
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.checkpoint import checkpoint
 
 import sparsecc
 from sparsecc import _torch, driver, lowering
 from sparsecc.errors import CaptureError, PassError
 from sparsecc.passes.norm.fold_norm_affine import FoldNormAffine
-
-D = 16
-NORMS = 4  # LayerNorms in `Around`, all of which read a stream that can be recentred
-TO_RMS = "layernorm-to-rmsnorm"
-FOLD = "fold-norm-affine"
-
-
-class Around(nn.Module):
-    """A residual network with ``hard(norm(x), *rest)`` in its first branch."""
-
-    def __init__(self, hard: Callable[..., Any]) -> None:
-        super().__init__()
-        self.enter = nn.Linear(8, D)
-        self.after = Block(D)
-        self.norm, self.last = nn.LayerNorm(D), nn.LayerNorm(D)
-        self.hard = hard
-        self.leave, self.head = nn.Linear(D, D), nn.Linear(D, 3)
-
-    def forward(self, x: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        x = self.enter(x)
-        x = x + self.leave(self.hard(self.norm(x), *rest, **named))
-        return self.head(self.last(self.after(x)))
-
-
-def around(hard: Callable[..., Any], dtype: torch.dtype = torch.float64) -> nn.Module:
-    return randomise(Around(hard)).to(dtype)
-
-
-def x64(*shape: int, grad: bool = False) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(shape))
-    value = torch.randn(shape or (2, 5, 8), generator=generator, dtype=torch.float64)
-    return value.requires_grad_(grad)
 
 
 def same(
@@ -110,17 +108,6 @@ def call(function: Any, args: Any, kwargs: Any, train: bool) -> list[Any]:
     return [*tree_leaves(outputs), *inputs, *grads]
 
 
-def own(value: Any) -> Any:
-    """A leaf of its own with the same strides."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    with torch.no_grad():
-        if 0 in value.stride():  # expanded
-            return value.detach()
-        new = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
-    return new.requires_grad_(value.requires_grad)
-
-
 def close(got: Sequence[Any], wanted: Sequence[Any], tolerance: float, floor: float = 0.0) -> None:
     assert len(got) == len(wanted)
     for a, b in zip(got, wanted, strict=True):
@@ -140,19 +127,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return error(a.detach(), b.detach())
 
 
-RMS = {TO_RMS: NORMS}
-BOTH = {TO_RMS: NORMS, FOLD: NORMS}
-ALL_BUT_HARD = {TO_RMS: NORMS, FOLD: NORMS - 1}  # the hard thing reads one norm, not a linear layer
-
 # ---- regions -------------------------------------------------------------------------------------
-
-
-def half_region(h: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        h = h @ h.transpose(-1, -2) @ h
-        with torch.autocast("cpu", enabled=False):
-            h = h.float() @ torch.eye(D)
-        return F.linear(h, torch.eye(D)).float()
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -226,14 +201,6 @@ def test_autocast_state_is_restored() -> None:
     assert torch.is_grad_enabled()
 
 
-def frozen_branch(h: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        gate = torch.sigmoid(h)
-    with torch.set_grad_enabled(False):
-        gate = gate * h.detach()
-    return h * gate
-
-
 @pytest.mark.parametrize("train", [True, False])
 def test_grad_mode_inside(train: bool) -> None:
     same(
@@ -304,26 +271,6 @@ def test_grad_modes_around_the_call(mode: Any) -> None:
 
 # ---- higher-order operators ----------------------------------------------------------------------
 
-runs = {"count": 0}
-
-
-@torch.library.custom_op("sparsecc_test::counted", mutates_args=())
-def counted(x: torch.Tensor) -> torch.Tensor:
-    runs["count"] += 1
-    return x * 2
-
-
-@counted.register_fake
-def _(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty_like(x)
-
-
-counted.register_autograd(lambda ctx, grad: grad * 2)
-
-
-def checkpointed(h: torch.Tensor) -> torch.Tensor:
-    return checkpoint(lambda v: torch.tanh(counted(torch.sin(v))), h, use_reentrant=False)
-
 
 def test_checkpoint_recomputes() -> None:
     """The region runs once forward and once more in the backward pass."""
@@ -336,28 +283,6 @@ def test_checkpoint_recomputes() -> None:
     before = runs["count"]
     result.sum().backward()
     assert runs["count"] == before + 1
-
-
-def saved_bytes(function: Callable[..., torch.Tensor], *args: Any) -> int:
-    sizes = {}
-
-    def pack(value: torch.Tensor) -> torch.Tensor:
-        sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
-        function(*args).sum()
-    return sum(sizes.values())
-
-
-class Checkpointed(PreNorm):
-    """Half of the blocks are checkpointed."""
-
-    def forward(self, tokens: torch.Tensor, use: bool = True) -> torch.Tensor:
-        x = self.embed(tokens) + self.position[: tokens.shape[1]]
-        for i, block in enumerate(self.blocks):
-            x = checkpoint(block, x, use_reentrant=False) if i % 2 == 0 and use else block(x)
-        return self.head(self.norm(x))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -377,26 +302,10 @@ def test_checkpointed_blocks(train: bool) -> None:
         assert with_region < 0.75 * plain
 
 
-class Wrong(torch.autograd.Function):
-    """Its backward is not the gradient of its forward, on purpose."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
-        return x * 2
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        return grad * 7
-
-
 def test_custom_backward_is_called() -> None:
     report = same(around(lambda h: Wrong.apply(h)), x64(grad=True), applied=RMS)
     assert "autograd_function_apply" in report.graphs[0].opaque
     same(around(lambda h: Wrong.apply(h)), x64(), applied=BOTH, train=False)  # a plain product
-
-
-def branches(h: torch.Tensor) -> torch.Tensor:
-    return torch.cond(h.sum() > 0, lambda v: v.sin() * 2, lambda v: v - 1, (h,))
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -405,24 +314,9 @@ def test_cond(train: bool) -> None:
     assert "cond" in report.graphs[0].opaque
 
 
-def loop(h: torch.Tensor) -> torch.Tensor:
-    from torch._higher_order_ops.while_loop import while_loop
-
-    start = torch.zeros((), dtype=torch.int64)
-    return while_loop(lambda i, _: i < 3, lambda i, v: (i + 1, v * 0.5 + 1), (start, h))[1]
-
-
 def test_while_loop() -> None:
     report = same(around(loop), x64(), applied=ALL_BUT_HARD, train=False)
     assert "while_loop" in report.graphs[0].opaque
-
-
-def scanned(h: torch.Tensor) -> torch.Tensor:
-    from torch._higher_order_ops.scan import scan
-
-    start = torch.zeros_like(h[:, 0])
-    carry, rows = scan(lambda c, v: (c * 0.5 + v, c + v), start, h.transpose(0, 1).contiguous())
-    return rows.transpose(0, 1) + carry[:, None]
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -454,22 +348,6 @@ def test_flex_attention() -> None:
     assert "higher-order operator flex_attention" in report.graphs[0].opaque.values()
 
 
-TRANSFORMS = {
-    "vmap": lambda h: torch.vmap(lambda r: r * r.mean())(h),
-    "vmap of vmap": lambda h: torch.vmap(torch.vmap(lambda r: r - r.max()))(h),
-    "grad": lambda h: torch.func.grad(lambda r: (r.sin() ** 2).sum())(h),
-    "grad through a norm": lambda h: torch.func.grad(lambda r: (F.layer_norm(r, (D,)) ** 3).sum())(
-        h
-    ),
-    "grad of grad": lambda h: torch.func.grad(
-        lambda r: (torch.func.grad(lambda s: (s**3).sum())(r) ** 2).sum()
-    )(h),
-    "jvp": lambda h: torch.func.jvp(lambda r: torch.tanh(r) * r, (h,), (h,))[1],
-    "jacrev": lambda h: h + torch.func.jacrev(lambda r: torch.tanh(r[0, 0]))(h).sum(0),
-    "vmap of grad": lambda h: torch.vmap(torch.func.grad(lambda r: (r**3).sum()))(h),
-}
-
-
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_functorch_inside(transform: str, train: bool) -> None:
@@ -493,25 +371,6 @@ def test_functorch_around() -> None:
 # ---- mutation and aliasing (D18) -----------------------------------------------------------------
 
 
-class Cache(nn.Module):
-    """A key-value cache kept as buffers and one passed in; every way of writing it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("keys", torch.zeros(2, 9, D))
-        self.register_buffer("values", torch.zeros(2, 9, D))
-
-    def forward(self, h: torch.Tensor, position: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-        self.keys.index_copy_(1, position, h)
-        self.values[:, position] = h * 2
-        self.values[:, 7:] = h[:, :2]
-        self.values[:, 0] += 1
-        own[:, 1 : 1 + h.shape[1]] = h
-        own.narrow(1, 0, 1).copy_(h[:, :1])
-        scores = (h @ self.keys.transpose(-1, -2)).softmax(-1)
-        return scores @ self.values + own.sum(1, keepdim=True)
-
-
 def test_cache_written_in_place() -> None:
     """The writes survive, in order, and are seen by the reads after them, at every call."""
     report = same(
@@ -525,17 +384,6 @@ def test_cache_written_in_place() -> None:
         calls=3,
     )
     assert not report.graphs[0].opaque
-
-
-class StaticCache:
-    """As in transformers: tensors in a plain object, updated at a position that is a tensor."""
-
-    def __init__(self) -> None:
-        self.keys = torch.zeros(2, 9, D, dtype=torch.float64)
-
-    def update(self, h: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-        self.keys.index_copy_(1, position, h)
-        return self.keys
 
 
 def test_static_cache_object() -> None:
@@ -553,15 +401,6 @@ def test_static_cache_object() -> None:
     assert error(ours.keys, reference.keys) < 1e-12
     assert report[TO_RMS].applied == NORMS
     assert len(report.graphs) == 1
-
-
-def rotate_in_place(h: torch.Tensor, extra: torch.Tensor) -> torch.Tensor:
-    extra.mul_(2).add_(h.sum())
-    extra[extra > 0] = 1.5
-    view = h[:, ::2].clone()
-    view[..., :3].zero_()
-    view.relu_()
-    return h + view.sum() + extra.sum()
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -629,6 +468,18 @@ def test_shapes_changed_in_place_fall_through() -> None:
     assert "changes the shape" in report.fallbacks[0]
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_detached_in_place(train: bool) -> None:
+    """``detach_`` is tagged as a change of shape in place, and is none: the graph is captured."""
+
+    def hard(h: torch.Tensor) -> torch.Tensor:
+        held = h * 2
+        held.detach_()
+        return h + held * torch.signal.windows.hamming(D, dtype=h.dtype)
+
+    same(around(hard), x64(), applied=RMS if train else ALL_BUT_HARD, train=train)
+
+
 def test_weights_written_by_the_program() -> None:
     """A weight that the forward pass changes (a power iteration, an EMA) is never folded."""
 
@@ -643,18 +494,6 @@ def test_weights_written_by_the_program() -> None:
 
 
 # ---- randomness and statistics -------------------------------------------------------------------
-
-
-class Noisy(nn.Module):
-    """BatchNorm over tokens, dropout where it does not touch the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm1d(5)
-        self.drop = nn.Dropout(0.3)
-
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.drop(self.norm(h))) + F.dropout(h, 0.2, self.training)
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -732,14 +571,6 @@ def test_marked_dynamic(train: bool) -> None:
             assert error(fast(tokens_in).detach(), model(tokens_in).detach()) < 1e-12
     assert len(report.graphs) == 1
     assert report[TO_RMS].applied == 5
-
-
-def shaped(h: torch.Tensor) -> torch.Tensor:
-    """Sizes used as numbers, in views, and in arithmetic."""
-    batch, tokens, d = h.shape
-    h = h.reshape(batch, tokens, 4, d // 4).transpose(1, 2)
-    weights = torch.arange(tokens, dtype=h.dtype).view(1, 1, tokens, 1) / tokens
-    return (h * weights).transpose(1, 2).reshape(batch, -1, d) * batch**0.5
 
 
 @pytest.mark.parametrize("train", [True, False])
@@ -917,36 +748,6 @@ def test_two_models_two_option_sets() -> None:
             assert error(second(ids()), other(ids())) < 1e-12
     assert reports[0][TO_RMS].applied == reports[0][FOLD].applied == reports[1][FOLD].applied == 5
     assert TO_RMS not in reports[1]
-
-
-class Doubled(torch.Tensor):
-    """A wrapper subclass: what quantized and distributed tensors are."""
-
-    inner: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Doubled:
-        new = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
-        new.inner = inner
-        return new
-
-    def __tensor_flatten__(self) -> Any:
-        return ["inner"], None
-
-    @staticmethod
-    def __tensor_unflatten__(tensors: Any, context: Any, size: Any, stride: Any) -> Doubled:
-        return Doubled(tensors["inner"])
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        if function is torch.ops.aten.detach.default:
-            return Doubled(args[0].inner)
-        args, kwargs = tree_map(
-            lambda v: v.inner * 2 if isinstance(v, Doubled) else v, (args, kwargs or {})
-        )
-        return function(*args, **kwargs)
 
 
 def test_subclass_parameters_fall_through() -> None:

@@ -558,3 +558,15 @@ def test_one_part_of_a_pinned_stream() -> None:
             return self.head(self.norm(y)), x.sum()
 
     check_exact(stream(Part), X, applied={NAME: 2}, **ONLY)
+
+
+def test_zeros_that_are_filled_have_a_mean() -> None:
+    class Filled(Stream):
+        def body(self, x):
+            x = self.first(x)
+            buffer = torch.zeros_like(x)
+            buffer[:, 1:] = x[:, 1:]
+            return buffer
+
+    report = check_exact(stream(Filled), X, applied={NAME: 0}, floor=False, **ONLY)
+    assert refusals(report, NAME) == ["mutated"]
