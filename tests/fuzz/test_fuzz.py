@@ -1,0 +1,191 @@
+"""2,000 random programs, the same ones at every run; and that the fuzzer could find something.
+
+``make fuzz`` runs others, without end. A failure prints the case as Python and the command that runs it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from fuzz.case import Case, T
+from fuzz.check import Wrong, blame, check, compile_only
+from fuzz.reduce import reduced
+from fuzz.run import Tally, chunk, reproducer
+
+from sparsecc.passes import registry
+from sparsecc.passes.analysis import alias, zero_mean
+from sparsecc.passes.base import Refusal
+from sparsecc.passes.canonical.inplace import FunctionalizeInplace
+from sparsecc.passes.norm import fold_norm_affine, layernorm_to_rmsnorm
+from sparsecc.passes.norm.fold_layerscale import FoldLayerScale
+from sparsecc.passes.norm.fold_norm_affine import FoldNormAffine
+from sparsecc.runtime import fresh
+
+CHUNKS, CASES = 10, 200
+LEAST = 10  # applications of every pass in the 300 programs below
+# Refusals that these 300 programs do not meet, though the generator can draw them; the list may only shrink.
+RARE = {
+    ("drop-identities", "layout"),
+    ("functionalize-inplace", "aliased"),
+    ("raise-layernorm", "written"),
+    ("raise-layernorm", "layout"),
+    ("raise-rmsnorm", "written"),
+    ("raise-activation", "written"),
+    ("raise-attention", "region"),
+    ("raise-attention", "written"),
+    ("raise-attention", "half-precision"),
+    ("raise-attention", "mask-before-scale"),
+    ("raise-attention", "masked-fill"),
+    ("raise-attention", "softmax-dim"),
+    ("raise-gated-ffn", "region"),
+    ("raise-gated-ffn", "written"),
+    ("fold-layerscale", "tied"),
+    ("fold-layerscale", "region"),
+    ("fold-norm-scale", "fan-out"),
+    ("fold-norm-affine", "region"),
+    ("layernorm-to-rmsnorm", "post-norm"),
+    ("layernorm-to-rmsnorm", "dropout"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tensors of a few hundred elements: a thread pool only costs."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(CHUNKS))
+def test_random_programs(seed: int) -> None:
+    tally = chunk(seed, CASES, through_dynamo=50)
+    for words, case in tally.failures:
+        pytest.fail(reproducer(words, case), pytrace=False)
+    assert tally.cases >= 0.9 * CASES
+
+
+# ---- the fuzzer itself -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen() -> Tally:
+    """What the passes do to 300 programs, two choices of passes each, which are compiled and not run."""
+    tally = chunk(0, 600, through_dynamo=0, judge=compile_only)
+    assert not tally.failures
+    return tally
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", registry.all_passes())
+def test_every_pass_is_applied_and_refused(seen: Tally, name: str) -> None:
+    assert seen.applied[name] >= LEAST
+    codes = registry.load(name).refusals
+    missed = {(name, code) for code in codes if not seen.refused[name, code]}
+    assert missed <= RARE
+
+
+def _without_refusal(owner: type, code: str) -> tuple[Any, str, Callable[..., Any]]:
+    """``owner.check`` that lets through what it refuses with ``code``."""
+    real = owner.check  # type: ignore[attr-defined]
+
+    def check(self: Any, match: Any, context: Any) -> Refusal | None:
+        refusal = real(self, match, context)
+        return None if refusal is not None and refusal.code == code else refusal
+
+    return owner, "check", check
+
+
+def _forgotten_shift() -> tuple[Any, str, Callable[..., Any]]:
+    real = fold_norm_affine._fold_into
+    return (
+        fold_norm_affine,
+        "_fold_into",
+        lambda program, linear, scale, shift, origin: real(program, linear, scale, None, origin),
+    )
+
+
+def _wrong_eps() -> tuple[Any, str, Callable[..., Any]]:
+    real = layernorm_to_rmsnorm.rms_norm_like
+
+    def wrong(program: Any, norm: Any, origin: str) -> Any:
+        return real(program, dataclasses.replace(norm, eps=norm.eps * 1.1), origin)
+
+    return layernorm_to_rmsnorm, "rms_norm_like", wrong
+
+
+def _blind_readers() -> tuple[Any, str, Callable[..., Any]]:
+    """Only LayerNorms are looked at: whoever else reads the stream is forgotten."""
+    real = zero_mean._Planner._onward
+
+    def wrong(self: Any, user: Any, value: Any) -> Any:
+        return real(self, user, value) or value
+
+    return zero_mean._Planner, "_onward", wrong
+
+
+FAULTS: dict[str, Callable[[], tuple[Any, str, Callable[..., Any]]]] = {
+    "the shift is not folded": _forgotten_shift,
+    "eps is off by a tenth": _wrong_eps,
+    "a second reader of the unscaled value": lambda: _without_refusal(FoldLayerScale, "fan-out"),
+    "a reader of the norm that is not linear": lambda: _without_refusal(FoldNormAffine, "reader"),
+    "a shared weight": lambda: _without_refusal(FoldLayerScale, "tied"),
+    "readers of the stream": _blind_readers,
+    "no recentring": lambda: (
+        layernorm_to_rmsnorm.LayerNormToRMSNorm,
+        "_recentre",
+        lambda *arguments: None,
+    ),
+    "aliases of a written value": lambda: _without_refusal(FunctionalizeInplace, "aliased"),
+    "writes": lambda: (alias, "_written", lambda node, program: []),
+    "stale weights": lambda: (fresh._Entry, "fresh", lambda self, sources: True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    monkeypatch.setattr(*FAULTS[fault]())
+    for seed in (50, 51):
+        tally = chunk(seed, 250, through_dynamo=0, shrink=False)
+        if tally.failures:
+            return
+    pytest.fail("not found in 500 cases")
+
+
+CASE = Case(
+    tensors={
+        "x0": T("input", (2, 3, 8)),
+        "w1": T("parameter", (8,), values="scale"),
+        "w2": T("parameter", (8,)),
+        "w3": T("parameter", (5, 8), values="matrix"),
+    },
+    body=(
+        "h1 = x0 * 2.0",
+        "h2 = F.layer_norm(h1, (8,), w1, w2, 1e-5)",
+        "h3 = F.linear(h2, w3)",
+        "h4 = torch.tanh(h1)",
+    ),
+    returns=("h3", "h4"),
+)
+
+
+def test_a_case_prints_as_python() -> None:
+    assert eval(repr(CASE), {"Case": Case, "T": T}) == CASE
+    assert check(CASE).applied["fold-norm-affine"] == 1
+
+
+def test_a_failure_is_cut_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*_forgotten_shift())
+    with pytest.raises(Wrong) as caught:
+        check(CASE)
+    small = reduced(CASE, caught.value.kind)
+    assert len(small.body) == 2
+    assert "F.layer_norm(x0" in small.body[0]
+    assert any(line.startswith("fold-norm-affine: {'output 0'") for line in blame(small))
+    assert "--reproduce" in reproducer(str(caught.value), small)
