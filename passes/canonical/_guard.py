@@ -17,7 +17,7 @@ aten = torch.ops.aten
 
 GUARD_REFUSALS: Mapping[str, str] = {
     "region": "the computation spans an autocast or grad-mode switch",
-    "written": "an operand is written in place between its reads",
+    "written": "an operand is written in place between its reads, or, in training, after them",
 }
 
 
@@ -48,7 +48,8 @@ def guard(context: Context, root: fx.Node, leaves: Iterable[Any]) -> Refusal | N
     first = min(inside)
     for node in (*inside, *leaves):
         for write in alias.writes(node):
-            if first < write and write < root:
+            # In training, an operator may save its operands and its result where the spelling saves neither.
+            if first < write and (write < root or context.trains):
                 return Refusal.at(write, "written", GUARD_REFUSALS["written"])
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support import refusals, run
 
 PASSES = ["drop-identities", "functionalize-inplace", "raise-rmsnorm"]
 RMS_NORM = torch.ops.aten.rms_norm.default
@@ -274,3 +275,31 @@ def test_transformers(run_pass, transformers, name, dtype):
         assert result.value.dtype == expected.dtype
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(result.value, expected, rtol=tolerance, atol=tolerance)
+
+
+class WrittenLater(torch.nn.Module):
+    """The normalized tensor is added to in place, from another autocast region than it was made in."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.rand(D) + 0.5)
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = x.clone()
+        y = h * torch.rsqrt(mean_square(h) + 1e-3) * self.weight
+        return h.add_(y)
+
+
+def test_in_training_a_write_after_the_reads_keeps_the_spelling():
+    """The operator would save its operand for the gradient, and find it changed."""
+    x, model = torch.randn(2, 5, D), WrittenLater()
+    result, report = run(model, x, passes=["layernorm-to-rmsnorm"], floor=False)
+    result.square().sum().backward()
+    got, model.weight.grad = model.weight.grad, None
+    model(x).square().sum().backward()
+    torch.testing.assert_close(got, model.weight.grad)
+    assert refusals(report, "raise-rmsnorm") == ["written"]
+    with torch.no_grad():
+        _, report = run(model, x, passes=["layernorm-to-rmsnorm"], floor=False)
+    assert report["raise-rmsnorm"].applied == 1
