@@ -8,6 +8,7 @@ it.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,17 +143,23 @@ def _extract(
             stack.extend(node.all_input_nodes)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    results = dict.fromkeys(frontier)
+    rounded: dict[fx.Node, fx.Node] = {}
+    results = set(frontier)
     for node in program.graph.nodes:
         if node not in needed:
             continue
-        mapping[node] = graph.node_copy(node, lambda n: mapping[n])
+        # The user's own arithmetic takes values in their own dtypes; only ours stays in fp64.
+        taken = mapping if node.meta.get(WEIGHT) else ChainMap(rounded, mapping)
+        mapping[node] = graph.node_copy(node, taken.__getitem__)
         mapping[node].meta = dict(node.meta)
-        if node in results:
+        if node in results or (
+            node.meta.get(WEIGHT)
+            and any(u in needed and not u.meta.get(WEIGHT) for u in node.users)
+        ):
             # Rounded as soon as it is there: fp64 copies of all weights never exist at once.
             dtype = node.meta["val"].dtype
-            results[node] = graph.call_function(_rounded, (mapping[node], dtype))
-    graph.output(tuple(results.values()))
+            rounded[node] = graph.call_function(_rounded, (mapping[node], dtype))
+    graph.output(tuple(rounded[n] for n in frontier))
     used = [n for n in program.placeholders() if n in needed]
     return fx.GraphModule(program.module, graph), used
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from conformance.case import Case
-from conformance.observe import Observed, drew_random_numbers, observe, own
+from conformance.observe import Observed, Runs, drew_random_numbers, observe, own
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
@@ -24,6 +24,7 @@ import sparsecc
 from sparsecc import _torch
 from sparsecc.errors import first_line
 from sparsecc.proof import compare
+from sparsecc.report.model import TensorError
 
 # From best to worst: the worst of several cases is the outcome of their name.
 STATUSES = ("pass", "not built", "eager fails", "fell through", "error", "wrong")
@@ -262,14 +263,15 @@ def _acquitted(case: Case, names: list[str], wrap: Callable[..., Any], train: bo
     Inputs and weights moved by a thousandth round independently; a wrong value stays wrong in all.
     """
     pooled: dict[str, list[list[Any]]] = {name: [] for name in names}
+    torch._dynamo.reset()
+    runs = Runs(wrap, train=train)
     for sample in range(SAMPLES):
         near = _nearby(case, sample)
-        found = _attempt(near, wrap, train)
         try:
-            truth = _truth(near, train)
+            found, truth = runs.run(near), _truth(near, train)
         except Exception:
             return set()
-        if isinstance(found, str) or truth.exact is None:
+        if truth.exact is None:
             return set()
         for name, values in pooled.items():
             values.append([run.get(name) for run in (found, truth.eager, truth.exact)])
@@ -287,6 +289,33 @@ def _pooled(name: str, values: list[list[Any]]) -> bool:
 
 
 SAMPLES = 6
+# Units of rounding. Flash attention subtracts larger terms than softmax does: 38 of them were seen.
+VANISHING = 128.0
+
+
+def _vanishes(name: str, error: TensorError, truth: _Truth) -> bool:
+    """Whether a leaf that is zero but for rounding is as near to zero as its module's other leaves allow.
+
+    The gradient of a key's bias under softmax is zero: eager's error is all that there is of it, without one
+    correct digit. What is compared is how the sum cancels, on the scale of the gradient of the key's weight.
+    A term that is wrongly there, or missing, is orders of magnitude larger.
+    """
+    assert truth.exact is not None
+    if error.eager_rmse < _rms(truth.exact[name]):
+        return False
+    owner = name.rpartition(".")[0]
+    others = [
+        _rms(v)
+        for n, v in truth.exact.items()
+        if n != name and n.rpartition(".")[0] == owner and isinstance(v, torch.Tensor)
+    ]
+    unit = torch.finfo(truth.eager[name].dtype).eps
+    bound = VANISHING * unit * max(others, default=0.0)
+    return error.rmse <= bound and error.max <= 4 * bound
+
+
+def _rms(value: torch.Tensor) -> float:
+    return float(value.abs().double().square().mean().sqrt()) if value.numel() else 0.0
 
 
 def _nearby(case: Case, sample: int) -> Case:
@@ -334,7 +363,7 @@ def _fault(name: str, got: Any, truth: _Truth) -> str:
         if not torch.equal(got.isnan(), eager.isnan()):
             return f"{name} has NaN where eager has none, or none where it has"
         error = compare(name, got, eager, exact)
-        if error.passed:
+        if error.passed or _vanishes(name, error, truth):
             return ""
         return (
             f"{name}: rmse {error.rmse:.2e} (at most {error.bound_rmse:.2e}), "

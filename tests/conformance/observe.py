@@ -60,41 +60,79 @@ def observe(
     wide: bool = False,
 ) -> Observed:
     """Everything that one run of ``wrap(model)`` on copies of model and inputs leaves behind."""
-    case = own(case)
-    model, args, kwargs = case.model, tuple(case.args), dict(case.kwargs)
-    if isinstance(model, nn.Module):
-        model.train(train)
-        if train:
-            no_dropout(model)
-        if wide:
-            model.double()
-    if wide:
-        args, kwargs = _widened((args, kwargs))
-    inputs = dict(_named(("input", (args, kwargs))))
-    _choose_gradients(inputs, model, train)
-    function = wrap(model if isinstance(model, nn.Module) else _plain(model))
-    default = torch.get_default_dtype()
-    seed()
-    try:
-        with torch.set_grad_enabled(train):
-            if wide:
-                torch.set_default_dtype(torch.float64)
-                with Wide():
-                    result = function(*args, **kwargs)
-            else:
-                result = function(*args, **kwargs)
-    finally:
-        torch.set_default_dtype(default)
-    found: Observed = dict(_named(("output", result)))
-    if train:
-        backward(found)
-        found.update({f"gradient of {n}": t.grad for n, t in inputs.items() if _has_grad(t)})
-    if isinstance(model, nn.Module):
-        if train:
-            found.update({f"gradient of {n}": p.grad for n, p in model.named_parameters()})
-        found.update({f"buffer {n}": b for n, b in model.named_buffers()})
-    found.update({f"{n}, after": t for n, t in inputs.items()})
-    return {name: _settled(value) for name, value in found.items()}
+    return Runs(wrap, train=train, wide=wide).run(case)
+
+
+class Runs:
+    """Runs of one model with other weights and inputs each time, wrapped (compiled) once."""
+
+    def __init__(
+        self,
+        wrap: Callable[[Callable[..., Any]], Callable[..., Any]],
+        *,
+        train: bool,
+        wide: bool = False,
+    ) -> None:
+        self.wrap, self.train, self.wide = wrap, train, wide
+        self.model: Any = None
+        self.function: Callable[..., Any] | None = None
+
+    def run(self, case: Case) -> Observed:
+        """Everything that a run on copies of the case's model and inputs leaves behind."""
+        case = own(case)
+        args, kwargs = tuple(case.args), dict(case.kwargs)
+        if self.wide:
+            args, kwargs = _widened((args, kwargs))
+        model = self._take(case.model)
+        inputs = dict(_named(("input", (args, kwargs))))
+        _choose_gradients(inputs, model, self.train)
+        if self.function is None:
+            self.function = self.wrap(model if isinstance(model, nn.Module) else _plain(model))
+        default = torch.get_default_dtype()
+        seed()
+        try:
+            with torch.set_grad_enabled(self.train):
+                if self.wide:
+                    torch.set_default_dtype(torch.float64)
+                    with Wide():
+                        result = self.function(*args, **kwargs)
+                else:
+                    result = self.function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
+        found: Observed = dict(_named(("output", result)))
+        if self.train:
+            backward(found)
+            found.update({f"gradient of {n}": t.grad for n, t in inputs.items() if _has_grad(t)})
+        if isinstance(model, nn.Module):
+            if self.train:
+                found.update({f"gradient of {n}": p.grad for n, p in model.named_parameters()})
+            found.update({f"buffer {n}": b for n, b in model.named_buffers()})
+        found.update({f"{n}, after": t for n, t in inputs.items()})
+        return {name: _settled(value) for name, value in found.items()}
+
+    def _take(self, model: Any) -> Any:
+        """The model to run: the first one that came, with the weights and buffers of this one."""
+        if not isinstance(model, nn.Module):
+            self.function = None  # its tensors are in the closure, or among the inputs
+            return model
+        if self.model is None:
+            self.model = model.train(self.train)
+            if self.train:
+                no_dropout(model)
+            if self.wide:
+                model.double()
+            return model
+        pairs = zip(_tensors(self.model), _tensors(model), strict=True)
+        with torch.no_grad():
+            for old, new in pairs:
+                old.copy_(new)
+        self.model.zero_grad(set_to_none=True)
+        return self.model
+
+
+def _tensors(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
 
 
 def own(case: Case) -> Case:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance import judge as judging
 from conformance import runner, sample, table
 from conformance.case import Case, NotBuildable
 from conformance.judge import Outcome, judge, merge
@@ -154,6 +155,30 @@ def test_a_wrong_gradient_is_seen(monkeypatch: Any) -> None:
     outcome = judge(small())
     assert (outcome.status, outcome.peer) == ("wrong", "pass")
     assert outcome.words.startswith("training: gradient of ")
+
+
+class Attention(nn.Module):
+    """The gradient of the key's bias is zero but for rounding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.q(x) @ self.k(x).transpose(1, 2)).softmax(-1) @ x
+
+
+@pytest.mark.parametrize(("added", "status"), [(1e-9, "pass"), (1e-4, "wrong")])
+def test_a_vanishing_gradient_must_vanish(monkeypatch: Any, added: float, status: str) -> None:
+    def ours(case: Case, lower: str, **more: Any) -> Any:
+        def wrap(model: nn.Module) -> nn.Module:
+            model.k.bias.register_hook(lambda grad: grad + added)
+            return model
+
+        return wrap
+
+    monkeypatch.setattr(judging, "_ours", ours)
+    assert judge(Case(randomise(Attention()), (torch.randn(2, 5, 8),))).status == status
 
 
 def test_a_missing_gradient_is_seen(monkeypatch: Any) -> None:

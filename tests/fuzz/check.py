@@ -142,9 +142,25 @@ def _on_graph(
     if added:
         raise Wrong("guard", f"a rewrite added {added}")
     _count(options.report, outcome)
-    return lambda *values: compiled(*arguments(values)), lambda *values: _fp64(
-        program, arguments(values)
-    )
+
+    def run(*values: torch.Tensor) -> Any:
+        return compiled(*arguments(values))
+
+    return _guarded(run), lambda *values: _fp64(program, arguments(values))
+
+
+def _guarded(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, whose exceptions are the backend's fault."""
+
+    def guarded(*values: torch.Tensor) -> Any:
+        try:
+            return run(*values)
+        except Wrong:
+            raise
+        except Exception as error:
+            raise Wrong(f"raises {type(error).__name__}", str(error)[:2000]) from error
+
+    return guarded
 
 
 @lru_cache(maxsize=1)
@@ -244,15 +260,7 @@ def _through_dynamo(
             _count(report, outcome)
         return result
 
-    def guarded(*values: torch.Tensor) -> Any:
-        try:
-            return run(*values)
-        except Wrong:
-            raise
-        except Exception as error:
-            raise Wrong(f"raises {type(error).__name__}", str(error)[:2000]) from error
-
-    return guarded
+    return _guarded(run)
 
 
 def _fingerprint(gm: fx.GraphModule) -> list[Any]:

@@ -15,11 +15,13 @@ PATIENCE = 60.0  # seconds
 
 
 def kind_of(case: Case) -> str:
-    """How the backend is wrong on ``case``, or ""."""
+    """How the backend is wrong on ``case`` ("the fuzzer": the check itself failed), or ""."""
     try:
         check(case)
     except Wrong as error:
         return error.kind
+    except Exception:
+        return "the fuzzer"
     return ""
 
 

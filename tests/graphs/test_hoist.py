@@ -182,6 +182,31 @@ def test_fold_over_users_quantization() -> None:
     assert torch.equal(ours, wanted.bfloat16())
 
 
+def test_users_arithmetic_on_what_a_pass_folded() -> None:
+    """A learned query (as in BLIP-2) is a stream of weights: the user's linear reads a recentred one."""
+
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(1, 5, 8))
+            self.fc = nn.Linear(8, 8)
+            self.first = nn.LayerNorm(8, elementwise_affine=False)
+            self.last = nn.LayerNorm(8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            query = self.query.expand(x.shape[0], -1, -1)
+            return self.last(query + self.fc(self.first(query))) * x
+
+    model = randomise(Query()).eval()
+    _, hoisted = cut(model, torch.randn(2, 1, 1), passes=[TO_RMS], applied=2)
+    assert hoisted is not None
+    expressions = hoisted.expressions.graph.find_nodes(
+        op="call_function", target=aten.linear.default
+    )
+    assert expressions, "the test shows nothing"
+    assert all(v.dtype == torch.float32 for v in folded(model, hoisted).values())
+
+
 NOT_HOISTED = {
     "larger than its source": (lambda w, _: w.repeat(2, 1)),
     "reads only the shape": (lambda w, _: torch.ones_like(w)),
