@@ -15,6 +15,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.norms import Norm
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.analysis.stream import feature_axis_of_user, readers
 from sparsecc.passes.analysis.weights import WeightValues
 from sparsecc.program import is_shape_query
@@ -81,7 +82,7 @@ def _step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> St
     if a is not value and (b is not value or kind == "div"):
         return None
     other = b if a is value else a
-    if user.meta["val"].shape != value.meta["val"].shape:
+    if not same_shape(user.meta["val"].shape, value.meta["val"].shape):
         return None
     if isinstance(other, (int, float)) and not isinstance(other, bool):
         # a constant added to every feature is not a weight; leave it alone

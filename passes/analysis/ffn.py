@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.linear import Linear, linears
+from sparsecc.passes.analysis.sizes import same_size
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program
 
@@ -148,7 +149,7 @@ def through_reshapes(node: fx.Node) -> fx.Node:
     while node.target in _RESHAPES:
         source: Any = node.args[0]
         old, new = source.meta["val"].shape, node.meta["val"].shape
-        if not old or not new or str(old[-1]) != str(new[-1]):
+        if not old or not new or not same_size(old[-1], new[-1]):
             break
         node = source
     return node
@@ -179,7 +180,7 @@ def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
         dim = parts.args[2] if len(parts.args) > 2 else parts.kwargs.get("dim", 0)
         values = parts.meta["val"]
         sizes = [value.shape[dim] for value in values]
-        if len(sizes) != 2 or str(sizes[0]) != str(sizes[1]) or index not in (0, 1):
+        if len(sizes) != 2 or not same_size(sizes[0], sizes[1]) or index not in (0, 1):
             return None
         return (whole, index) if _is_last(whole, dim) else None  # type: ignore[return-value]
     if node.target is aten.slice.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.sizes import same_size
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
 from sparsecc.program import ORIGIN, Program
@@ -44,7 +45,9 @@ class Linear:
     @property
     def is_grouped(self) -> bool:
         """Whether each output feature reads only some inputs: rows scale, but do not mix."""
-        return self.is_conv and self.weight.meta["val"].shape[1] != self.x.meta["val"].shape[1]
+        return self.is_conv and not same_size(
+            self.weight.meta["val"].shape[1], self.x.meta["val"].shape[1]
+        )
 
     def along(self, program: Program, vector: fx.Node, axis: int, origin: str) -> fx.Node:
         """A vector [n] reshaped to broadcast along ``axis`` of the weight."""
@@ -128,7 +131,7 @@ def _make(
         return None  # an unbatched convolution has its channels elsewhere
     if bias is not None and not (bias in weights and bias.meta["val"].dim() == 1):
         return None
-    if bias is not None and bias.meta["val"].shape[0] != shape[out_axis]:
+    if bias is not None and not same_size(bias.meta["val"].shape[0], shape[out_axis]):
         return None
     return Linear(node, x, weight, bias, out_axis, in_axis, feature_axis)
 

@@ -8,12 +8,15 @@ that do not add to one) *reindex*: they carry a per-feature scale and shift.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+
+from sparsecc.passes.analysis.sizes import same_shape, same_size
 
 aten = torch.ops.aten
 
@@ -83,7 +86,7 @@ def _is_tensor(value: Any) -> bool:
 def _axis_in(operand: fx.Node, result: fx.Node, axis: Axis) -> Axis | None:
     """Axis of a broadcast operand that lines up with ``axis`` of the result, if it is there in full size."""
     aligned = axis - (rank(result) - rank(operand))
-    if aligned < 0 or size(operand, aligned) != size(result, axis):
+    if aligned < 0 or not same_size(size(operand, aligned), size(result, axis)):
         return None
     return aligned
 
@@ -93,7 +96,9 @@ def _constant_along(operand: Any, result: fx.Node, axis: Axis) -> bool:
     if not _is_tensor(operand):
         return True
     aligned = axis - (rank(result) - rank(operand))
-    return aligned < 0 or (size(operand, aligned) == 1 and size(result, axis) != 1)
+    return aligned < 0 or (
+        same_size(size(operand, aligned), 1) and not same_size(size(result, axis), 1)
+    )
 
 
 # ---- rules: node, axis of the result -> Carry or None ---------------------------------------------
@@ -143,7 +148,7 @@ def _reshape(node: fx.Node, axis: Axis) -> Carry | None:
     tail = after[axis + 1 :]
     for candidate in range(len(before)):
         if (
-            _same(before[candidate], after[axis])
+            same_size(before[candidate], after[axis])
             and _same_product(before[candidate + 1 :], tail)
             and _same_product(before[:candidate], after[:axis])
         ):
@@ -152,32 +157,10 @@ def _reshape(node: fx.Node, axis: Axis) -> Carry | None:
 
 
 def _same_product(a: list[Any], b: list[Any]) -> bool:
-    left, right = [s for s in a if s != 1], [s for s in b if s != 1]
-    if len(left) == len(right) and all(_same(x, y) for x, y in zip(left, right, strict=True)):
+    left, right = ([s for s in sizes if not same_size(s, 1)] for sizes in (a, b))
+    if same_shape(left, right):
         return True
-    if any(not isinstance(s, int) for s in left + right):
-        product: Any = 1
-        for s in left:
-            product = product * s
-        other: Any = 1
-        for s in right:
-            other = other * s
-        return _same(product, other)
-    total_left = total_right = 1
-    for s in left:
-        total_left *= s
-    for s in right:
-        total_right *= s
-    return total_left == total_right
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Equality that adds no guard: symbolic sizes are compared as expressions."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    left = a.node.expr if isinstance(a, torch.SymInt) else a
-    right = b.node.expr if isinstance(b, torch.SymInt) else b
-    return bool(left == right) or bool((left - right).expand() == 0) if left != right else True
+    return same_size(math.prod(left), math.prod(right))
 
 
 def _permute(node: fx.Node, axis: Axis) -> Carry | None:
@@ -208,7 +191,7 @@ def _squeeze(node: fx.Node, axis: Axis) -> Carry | None:
     source: Any = node.args[0]
     given = node.args[1] if len(node.args) > 1 else list(range(rank(source)))
     dims = {d % rank(source) for d in (given if isinstance(given, (list, tuple)) else [given])}  # type: ignore[operator]
-    kept = [d for d in range(rank(source)) if not (d in dims and size(source, d) == 1)]
+    kept = [d for d in range(rank(source)) if not (d in dims and same_size(size(source, d), 1))]
     return Carry(((source, kept[axis]),), True)
 
 

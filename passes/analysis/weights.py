@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program, Role
 
@@ -30,7 +31,7 @@ class WeightValues:
         if not isinstance(node, fx.Node) or node not in self.sources:
             return False
         shape = node.meta["val"].shape
-        return len(shape) >= 1 and shape[-1] == size and all(s == 1 for s in shape[:-1])
+        return len(shape) >= 1 and same_shape(shape, [1] * (len(shape) - 1) + [size])
 
 
 def weight_values(program: Program, analyses: Analyses) -> WeightValues:

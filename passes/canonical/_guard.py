@@ -10,10 +10,13 @@ from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import region, switch_between
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Context, Refusal
-from sparsecc.passes.canonical._match import is_tensor, same_shape
+from sparsecc.passes.canonical._match import is_tensor
 
 aten = torch.ops.aten
+
+_ELEMENTWISE = (aten.dropout.default, aten.type_as.default)  # without the tag
 
 GUARD_REFUSALS: Mapping[str, str] = {
     "region": "the computation spans an autocast or grad-mode switch",
@@ -61,19 +64,20 @@ def layout_matters(node: fx.Node) -> bool:
     a permuted input (or the other way round). That matters to ``view``-like readers and to the
     caller.
     """
-    value = node.meta["val"]
+    return not _contiguous(node.meta["val"]) and bool(stride_readers(node))
+
+
+def _contiguous(value: torch.Tensor) -> bool:
     expected: list[Any] = []
     step: Any = 1
     for size in reversed(value.shape):
         expected.insert(0, step)
         step = step * size
-    if same_shape(value.stride(), expected):
-        return False
-    return bool(stride_readers(node))
+    return same_shape(value.stride(), expected)
 
 
 def stride_readers(node: fx.Node) -> list[fx.Node]:
-    """The readers of ``node``, or of a view of it, whose meaning depends on its strides."""
+    """The readers whose meaning depends on the strides of ``node``, its views, or what inherits them."""
     strided = (aten.view.default, aten.view_as.default, aten.as_strided.default, aten.view.dtype)
     stack, seen, found = list(node.users), {node}, []
     while stack:
@@ -86,7 +90,8 @@ def stride_readers(node: fx.Node) -> list[fx.Node]:
             if target in strided:
                 found.append(user)
             is_view = any(result.alias_info is not None for result in target._schema.returns)
-            if is_view or target in (aten.dropout.default, aten.type_as.default):
+            inherits = torch.Tag.pointwise in target.tags or target in _ELEMENTWISE
+            if is_view or inherits or (is_tensor(user) and not _contiguous(user.meta["val"])):
                 stack += user.users
         elif user.op == "call_function" and getattr(target, "__module__", "") == "_operator":
             stack += user.users

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import fx
+
+from sparsecc.passes.analysis.sizes import same_shape
 
 aten = torch.ops.aten
 
@@ -75,18 +77,6 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
                 return node.args[index]
             return node.kwargs.get(name, formal.default_value)
     return default
-
-
-def same_size(a: Any, b: Any) -> bool:
-    """Whether two sizes are surely equal; symbolic ones compare as written, without a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return str(a) == str(b)
-
-
-def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    left, right = list(a), list(b)
-    return len(left) == len(right) and all(map(same_size, left, right))
 
 
 def is_vector(arg: Any, size: Any) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.sizes import same_size
 from sparsecc.passes.canonical._guard import GUARD_REFUSALS
 from sparsecc.passes.canonical._match import (
     argument,
@@ -17,7 +18,6 @@ from sparsecc.passes.canonical._match import (
     number,
     only_user,
     operands,
-    same_size,
 )
 
 aten = torch.ops.aten

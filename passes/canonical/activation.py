@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving
 from sparsecc.passes.canonical._guard import GUARD_REFUSALS, guard, interior, layout_matters
 from sparsecc.passes.canonical._match import (
@@ -32,7 +33,6 @@ from sparsecc.passes.canonical._match import (
     is_tensor,
     operands,
     power,
-    same_shape,
 )
 from sparsecc.passes.canonical._polynomial import Polynomial, close, expand
 

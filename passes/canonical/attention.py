@@ -23,9 +23,10 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
 from sparsecc.passes.canonical._guard import guard, interior, stride_readers
-from sparsecc.passes.canonical._match import dtype_of, same_shape
+from sparsecc.passes.canonical._match import dtype_of
 from sparsecc.passes.canonical._scores import SCORES_REFUSALS, Attention, fits, recognise
 from sparsecc.program import Program
 

@@ -22,8 +22,9 @@ from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import switches_grad_mode
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving
-from sparsecc.passes.canonical._match import argument, arithmetic, is_tensor, same_shape, scalar
+from sparsecc.passes.canonical._match import argument, arithmetic, is_tensor, scalar
 
 aten = torch.ops.aten
 

@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves
 
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import autocasts, region, switch_between
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal
-from sparsecc.passes.canonical._match import argument, is_tensor, same_shape
+from sparsecc.passes.canonical._match import argument, is_tensor
 
 aten = torch.ops.aten
 

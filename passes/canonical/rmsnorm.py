@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving
 from sparsecc.passes.canonical._match import (
     dtype_of,
     mean_last,
     plus_eps,
-    same_shape,
     square,
     widened,
 )

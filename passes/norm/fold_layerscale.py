@@ -17,6 +17,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.sizes import same_shape, same_size
 from sparsecc.passes.analysis.stream import carry
 from sparsecc.passes.analysis.weights import WeightValues, other_users, weight_values
 from sparsecc.passes.base import (
@@ -134,10 +135,10 @@ def _producer(
     if not isinstance(value, fx.Node) or value in weights or factor not in weights:
         return None
     result = node.meta["val"]
-    if value.meta["val"].shape != result.shape:
+    if not same_shape(value.meta["val"].shape, result.shape):
         return None
     axis = _only_axis(factor, result.dim())
-    if axis is None or factor.meta["val"].shape.numel() != result.shape[axis]:
+    if axis is None or not same_size(factor.meta["val"].shape.numel(), result.shape[axis]):
         return None
     path = [value]
     while path[-1] not in maps:

@@ -232,6 +232,20 @@ def test_permuted_input_whose_strides_are_read(run_pass):
     torch.testing.assert_close(result.value, function(x))
 
 
+def test_strides_pass_through_elementwise_operators(run_pass):
+    """What the caller gets is permuted because the norm's input was."""
+
+    def function(x):
+        x = x.transpose(0, 1)
+        y = x * torch.rsqrt(mean_square(x) + 1e-3)
+        return torch.tanh(y) + 1
+
+    x, _ = inputs()
+    result = run_pass(PASSES, function, x)
+    assert result.refused == ["layout"]
+    assert result.value.stride() == function(x).stride()
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma", "pow(-0.5)"])
 def test_gradients(run_pass, name):
     function, (x, w) = SPELLINGS[name], inputs()

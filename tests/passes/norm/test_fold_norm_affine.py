@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import (
     PreNorm,
+    capture,
     check_exact,
     check_training,
     error,
@@ -20,7 +21,10 @@ from support import (
 from torch import nn
 
 import sparsecc
+from sparsecc import pipeline
 from sparsecc.inspection import stages
+from sparsecc.options import Options
+from sparsecc.report.model import GraphReport
 
 NAME = "fold-norm-affine"
 ONLY = {"passes": [NAME]}
@@ -184,6 +188,23 @@ def test_dynamic_shapes() -> None:
         for batch, tokens in ((2, 3), (4, 9)):
             assert error(fast(ids(batch, tokens)), model(ids(batch, tokens))) < 1e-12
     assert report[NAME].applied == 5
+
+
+def test_comparing_shapes_adds_no_guard() -> None:
+    """A normalized weight [5, 16] is added to x [b, 5, 16]: b may be 5, or not."""
+
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.norm = nn.Parameter(torch.randn(5, 16)), nn.LayerNorm(16)
+
+        def forward(self, x):
+            return self.norm(self.positions) + x
+
+    program = capture(randomise(Positions()), X, dynamic=True)
+    before = len(program.fake_mode.shape_env.guards)
+    pipeline.run(program, Options.parse(ONLY), GraphReport(0))
+    assert len(program.fake_mode.shape_env.guards) == before
 
 
 def test_weights_updated_after_compile() -> None:

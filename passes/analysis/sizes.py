@@ -1,0 +1,26 @@
+"""Comparing sizes without leaving a guard: ``==`` on a symbolic size would tie the program to what it saw."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are surely equal, symbolic ones as expressions."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    left, right = _expression(a), _expression(b)
+    return bool(left == right) or bool((left - right).expand() == 0)
+
+
+def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether two shapes (or strides) are surely equal."""
+    left, right = list(a), list(b)
+    return len(left) == len(right) and all(map(same_size, left, right))
+
+
+def _expression(size: Any) -> Any:
+    return size.node.expr if isinstance(size, torch.SymInt) else size
