@@ -94,6 +94,14 @@ class Analyses:
         return result
 
 
+# Refusals of passes that fold weights, where the fold would be evaluated anew at each call.
+RECOMPUTED: Mapping[str, str] = {
+    "training": "folding in every step costs more than it saves; name the pass to force it",
+    "gathered": "FSDP gathers the weights anew for each call, so nothing folded could be kept; name the "
+    "pass to force it",
+}
+
+
 @dataclass
 class Context:
     """What a pass may look at: the program, analyses, and whether the user named the pass."""
@@ -105,6 +113,13 @@ class Context:
     @property
     def trains(self) -> bool:
         return self.program.trains
+
+    def recomputed(self, node: fx.Node) -> Refusal | None:
+        """A refusal of ``RECOMPUTED`` where what is folded could not be kept and the pass was not named."""
+        if self.explicit or not self.program.recomputes:
+            return None
+        code = "training" if self.trains else "gathered"
+        return Refusal.at(node, code, RECOMPUTED[code])
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,15 @@ from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._dynamo.exc import RestartAnalysis, SkipFrame
+from torch._dynamo.exc import RestartAnalysis, SkipFrame, exceptions_allowed_to_be_fallback
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Raised by Dynamo or AOTAutograd to run the same graph again, or to leave the frame alone: never caught.
 RESTARTS = (RestartAnalysis, SkipFrame)
+# A graph that cannot be compiled (a size that depends on data): where the compiler raises these, Dynamo splits
+# it and hands over the parts.
+SPLITS = exceptions_allowed_to_be_fallback
 
 # Functions of these modules switch functorch or autograd state; a copy keeps their order, a trace loses it.
 STATEFUL_MODULES = frozenset(

@@ -53,8 +53,8 @@ def compile_graph(
             compiled = _lower(gm, example_inputs, options, mode, record)
         else:
             compiled = _rewritten(gm, program, example_inputs, options, mode, record, instruments)
-    except _torch.RESTARTS:
-        report.graphs.remove(record)  # Dynamo will hand over this graph again
+    except (*_torch.RESTARTS, *_torch.SPLITS):
+        report.graphs.remove(record)  # Dynamo will hand over this graph again, or its parts
         raise
     publish(report, record, options, instruments)
     return compiled
@@ -77,11 +77,12 @@ def _rewritten(
     except Exception as error:
         if options.strict:
             raise
+        compiled = _lower(gm, example_inputs, options, mode, record)  # it may refuse this one, too
         log.warning(
             "graph %d: Inductor refused the rewritten graph: %s", record.index, first_line(error)
         )
         record.fell_through = f"lowering: {type(error).__name__}: {first_line(error)}"
-        return _lower(gm, example_inputs, options, mode, record)
+        return compiled
 
 
 def _rewrite(

@@ -38,10 +38,8 @@ def own(value: Any) -> Any:
     return new.requires_grad_(value.requires_grad)
 
 
-def observe(
-    function: Any, args: Any, kwargs: Any, train: bool, model: nn.Module | None = None
-) -> dict[str, Any]:
-    """Everything a call leaves behind: outputs, inputs after it, gradients, buffers."""
+def run_backward(function: Any, args: Any, kwargs: Any, train: bool) -> tuple[Any, Any]:
+    """The outputs of a call on copies, and those copies after the backward of its square sum."""
     torch.manual_seed(7)
     args, kwargs = tree_map(own, (args, kwargs))
     with torch.set_grad_enabled(train):
@@ -49,6 +47,14 @@ def observe(
     losses = [o for o in tree_leaves(outputs) if isinstance(o, torch.Tensor) and o.requires_grad]
     if losses:
         sum(loss.abs().double().pow(2).sum() for loss in losses).backward()
+    return outputs, (args, kwargs)
+
+
+def observe(
+    function: Any, args: Any, kwargs: Any, train: bool, model: nn.Module | None = None
+) -> dict[str, Any]:
+    """Everything a call leaves behind: outputs, inputs after it, gradients, buffers."""
+    outputs, (args, kwargs) = run_backward(function, args, kwargs, train)
     found = {}
     for what, tree in {"output": outputs, "input": (args, kwargs)}.items():
         for path, leaf in tree_flatten_with_path(tree)[0]:

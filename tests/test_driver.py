@@ -109,6 +109,24 @@ def test_nothing_applied_means_inductor_gets_dynamos_graph(monkeypatch: pytest.M
     assert any(n.target is torch.nn.functional.embedding for n in seen[0].graph.nodes)
 
 
+def test_a_graph_that_dynamo_splits_is_not_reported(caplog: pytest.LogCaptureFixture) -> None:
+    """In training, index_put by a mask cannot be compiled: Dynamo hands over what is around it."""
+
+    def function(x: torch.Tensor, mask: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return torch.index_put(x.sin(), (mask,), v).cos()
+
+    x, v = torch.randn(5, requires_grad=True), torch.randn(2, requires_grad=True)
+    mask = torch.tensor([True, False, True, False, False])
+    report = sparsecc.Report()
+    options = {"lower": "aot_eager", "floor": False, "report": report}
+    fast = torch.compile(function, backend="sparsecc", options=options)
+    with caplog.at_level(logging.WARNING, logger="sparsecc"):
+        result = fast(x, mask, v)
+    torch.testing.assert_close(result, function(x, mask, v))
+    assert not report.fallbacks
+    assert not [r for r in caplog.records if r.name == "sparsecc"]
+
+
 def test_kill_switch_and_disable(monkeypatch: pytest.MonkeyPatch) -> None:
     report = sparsecc.Report()
     call(model(), report=report, disable=["layernorm-to-rmsnorm"])

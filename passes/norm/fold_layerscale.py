@@ -21,6 +21,7 @@ from sparsecc.passes.analysis.sizes import same_shape, same_size
 from sparsecc.passes.analysis.stream import carry
 from sparsecc.passes.analysis.weights import WeightValues, other_users, weight_values
 from sparsecc.passes.base import (
+    RECOMPUTED,
     Context,
     Exactness,
     Example,
@@ -49,9 +50,7 @@ class FoldLayerScale(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "fan-out": "something else reads the unscaled value too",
         "tied": "the weight is shared with another node",
-        "training": "folding in every step costs more than it saves; name the pass to force it",
-        "gathered": "FSDP gathers the weights anew for each call, so nothing folded could be kept; name the "
-        "pass to force it",
+        **RECOMPUTED,
         "region": "an autocast or grad-mode region begins or ends between the factor and its producer",
     }
 
@@ -81,10 +80,7 @@ class FoldLayerScale(Pass):
         mode = context.analyses.get(modes)
         if mode[linear.node] != mode[match.node]:
             return Refusal.at(linear.node, "region", self.refusals["region"])
-        if context.program.recomputes and not context.explicit:
-            code = "training" if context.trains else "gathered"
-            return Refusal.at(match.node, code, self.refusals[code])
-        return None
+        return context.recomputed(match.node)
 
     def rewrite(self, match: Match, context: Context) -> None:
         program, linear = context.program, match.nodes["linear"]

@@ -24,6 +24,7 @@ from sparsecc.passes.analysis.norms import Norm, as_norm
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.weights import other_users, weight_values
 from sparsecc.passes.base import (
+    RECOMPUTED,
     Context,
     Exactness,
     Example,
@@ -63,9 +64,7 @@ class FoldNormAffine(Pass):
         "output": "the model returns the normalized value",
         "not-a-weight": "the norm's scale or shift is not a weight, or the program writes it",
         "tied": "a reader's weight is shared with another node (pass option untie=True folds a copy)",
-        "training": "folding in every step costs more than it saves; name the pass to force it",
-        "gathered": "FSDP gathers the weights anew for each call, so nothing folded could be kept; name the "
-        "pass to force it",
+        **RECOMPUTED,
         "region": "an autocast or grad-mode region begins or ends between the norm and a reader",
     }
 
@@ -124,10 +123,7 @@ class FoldNormAffine(Pass):
         for linear in reads.linears:
             if mode[linear.node] != mode[match.node]:
                 return Refusal.at(linear.node, "region", self.refusals["region"])
-        if context.program.recomputes and not context.explicit:
-            code = "training" if context.trains else "gathered"
-            return Refusal.at(match.node, code, self.refusals[code])
-        return None
+        return context.recomputed(match.node)
 
     def rewrite(self, match: Match, context: Context) -> None:
         program = context.program

@@ -189,7 +189,7 @@ def branch_scale(b: Builder, h: str) -> str:
             w = b.line(f"{w}[:{d}]")
         elif spelled == "computed":
             w = b.line(f"1 + {w}")
-        if b.chance(6):
+        if b.chance(3):
             b.extra.append(h)
         return b.line(b.pick((f"{h} * {w}", f"{w} * {h}", f"torch.mul({h}, {w})")))
     if kind == "zero":  # ReZero: one number that is learned

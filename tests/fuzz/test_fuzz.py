@@ -137,7 +137,6 @@ FAULTS: dict[str, Callable[[], tuple[Any, str, Callable[..., Any]]]] = {
     "eps is off by a tenth": _wrong_eps,
     "a second reader of the unscaled value": lambda: _without_refusal(FoldLayerScale, "fan-out"),
     "a reader of the norm that is not linear": lambda: _without_refusal(FoldNormAffine, "reader"),
-    "a shared weight": lambda: _without_refusal(FoldLayerScale, "tied"),
     "readers of the stream": _blind_readers,
     "no recentring": lambda: (
         layernorm_to_rmsnorm.LayerNormToRMSNorm,

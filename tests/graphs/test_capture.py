@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import own
+from agreement import run_backward
 from hard import (
     ALL_BUT_HARD,
     BOTH,
@@ -49,7 +49,7 @@ from hard import (
 )
 from support import PreNorm, capture, error, ids, randomise
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 import sparsecc
 from sparsecc import _torch, driver, lowering
@@ -96,14 +96,8 @@ def same(
 
 def call(function: Any, args: Any, kwargs: Any, train: bool) -> list[Any]:
     """Outputs, then the inputs after the call, then the gradients of the inputs."""
-    torch.manual_seed(7)
-    args, kwargs = tree_map(own, (args, kwargs))
-    with torch.set_grad_enabled(train):
-        outputs = function(*args, **kwargs)
-    losses = [o for o in tree_leaves(outputs) if isinstance(o, torch.Tensor) and o.requires_grad]
-    if losses:
-        sum(loss.abs().double().pow(2).sum() for loss in losses).backward()
-    inputs = tree_leaves((args, kwargs))
+    outputs, inputs = run_backward(function, args, kwargs, train)
+    inputs = tree_leaves(inputs)
     grads = [i.grad for i in inputs if isinstance(i, torch.Tensor)]
     return [*tree_leaves(outputs), *inputs, *grads]
 
