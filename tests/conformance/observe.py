@@ -44,12 +44,12 @@ def drew_random_numbers() -> bool:
     return not torch.equal(after, torch.random.get_rng_state())
 
 
-def seed() -> None:
+def seed(value: int = 0) -> None:
     import numpy as np
 
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value)
 
 
 def observe(
@@ -58,9 +58,13 @@ def observe(
     *,
     train: bool,
     wide: bool = False,
+    draw: int = 0,
 ) -> Observed:
-    """Everything that one run of ``wrap(model)`` on copies of model and inputs leaves behind."""
-    return Runs(wrap, train=train, wide=wide).run(case)
+    """Everything that one run of ``wrap(model)`` on copies of model and inputs leaves behind.
+
+    ``draw`` seeds the random numbers of the run.
+    """
+    return Runs(wrap, train=train, wide=wide, draw=draw).run(case)
 
 
 class Runs:
@@ -72,8 +76,9 @@ class Runs:
         *,
         train: bool,
         wide: bool = False,
+        draw: int = 0,
     ) -> None:
-        self.wrap, self.train, self.wide = wrap, train, wide
+        self.wrap, self.train, self.wide, self.draw = wrap, train, wide, draw
         self.model: Any = None
         self.function: Callable[..., Any] | None = None
 
@@ -89,7 +94,7 @@ class Runs:
         if self.function is None:
             self.function = self.wrap(model if isinstance(model, nn.Module) else _plain(model))
         default = torch.get_default_dtype()
-        seed()
+        seed(self.draw)
         try:
             with torch.set_grad_enabled(self.train):
                 if self.wide:

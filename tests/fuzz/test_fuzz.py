@@ -1,7 +1,6 @@
 """2,000 random programs, the same ones at every run; and that the fuzzer could find something.
 
-The long ones are marked ``fuzz`` and left out of ``make test``; ``make fuzz`` runs other programs, without end.
-A failure prints the case as Python and the command that runs it again.
+``make fuzz`` runs other programs, without end. A failure prints the case as Python, and a command to repeat it.
 """
 
 from __future__ import annotations
@@ -62,7 +61,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.fuzz
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(CHUNKS))
 def test_random_programs(seed: int) -> None:
@@ -83,7 +81,6 @@ def seen() -> Tally:
     return tally
 
 
-@pytest.mark.fuzz
 @pytest.mark.slow
 @pytest.mark.parametrize("name", registry.all_passes())
 def test_every_pass_is_applied_and_refused(seen: Tally, name: str) -> None:
@@ -149,7 +146,6 @@ FAULTS: dict[str, Callable[[], tuple[Any, str, Callable[..., Any]]]] = {
 }
 
 
-@pytest.mark.fuzz
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_faults_are_found(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
