@@ -20,7 +20,7 @@ from torch import nn
 from sparsecc import driver
 from sparsecc.errors import CaptureError
 
-BREADTH = ("opinfo", "moduleinfo")
+BREADTH = ("opinfo", "moduleinfo", "transformers", pytest.param("timm", marks=pytest.mark.models))
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def test_sample(suite: str) -> None:
 
 
 def test_sample_is_of_the_promised_size() -> None:
-    for suite, least in (("opinfo", 60), ("moduleinfo", 20)):
+    for suite, least in (("opinfo", 60), ("moduleinfo", 20), ("transformers", 8), ("timm", 6)):
         assert len(set(sample.names(suite, "aot_eager"))) >= least
     assert len(set(sample.names("opinfo", "inductor"))) >= 100
     models = {(s, n) for s in ("transformers", "timm") for n in sample.names(s, "inductor")}
