@@ -11,6 +11,7 @@ from conformance import runner
 from conformance.runner import Row
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "conformance.md"
+FUZZ = pathlib.Path(__file__).parents[1] / "fuzz" / "results.txt"
 _HEAD = """# Conformance
 
 What sparsecc does on PyTorch's own operator and module databases and on whole model zoos, beside PyTorch's
@@ -48,7 +49,7 @@ def page(rows: Sequence[Row]) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["lower"], row["suite"]), []).append(row)
-    parts = [_HEAD, _totals(groups), _through(rows), _opaque(rows)]
+    parts = [_HEAD, _totals(groups), _through(rows), _opaque(rows), _fuzz()]
     parts += [_details(suite, lower, group) for (lower, suite), group in sorted(groups.items())]
     return "\n".join(parts)
 
@@ -58,11 +59,12 @@ def _totals(groups: dict[tuple[str, str], list[Row]]) -> str:
         "## Totals",
         "",
         "*No graph* are passes where Dynamo gave no backend anything to compile. *Worse than the peer* is",
-        "*wrong*, or *error* where the peer has none.",
+        "*wrong*, or *error* where the peer has none. *Norms* counts LayerNorms and RMSNorms, *with norms* the",
+        "names that have some, *some rewritten* those of which a pass changed at least one.",
         "",
         "| suite | depth | compared | pass | no graph | fell through | wrong | error | peer: pass | wrong "
-        "| error | worse than the peer | not compared | norms | rewritten |",
-        "|" + "---|" * 15,
+        "| error | worse than the peer | not compared | norms | rewritten | with norms | some rewritten |",
+        "|" + "---|" * 17,
     ]
     for (lower, suite), rows in sorted(groups.items()):
         status = Counter(r["status"] for r in rows)
@@ -74,6 +76,7 @@ def _totals(groups: dict[tuple[str, str], list[Row]]) -> str:
         cells += [peer["pass"], peer["wrong"], peer["error"], sum(map(fails, rows))]
         cells += [len(rows) - len(compared)]
         cells += [sum(r.get(k, 0) for r in rows) for k in ("norms", "rewritten")]
+        cells += [sum(r.get(k, 0) > 0 for r in rows) for k in ("norms", "rewritten")]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -89,6 +92,18 @@ def _opaque(rows: Iterable[Row]) -> str:
         for reason, count in row.get("opaque", {}).items():
             reasons[_general(reason)] += count
     return _counted("## Why nodes stayed opaque", "nodes", reasons)
+
+
+def _fuzz() -> str:
+    """The summary of the long run of the fuzzer, as it printed it."""
+    lines = [
+        "## Random programs",
+        "",
+        "What `make fuzz` printed of its longest run (tests/fuzz/results.txt):",
+        "",
+    ]
+    text = FUZZ.read_text(encoding="utf-8").strip()
+    return "\n".join([*lines, "```text", text, "```", ""])
 
 
 def _counted(title: str, what: str, reasons: Counter[str]) -> str:
@@ -129,7 +144,10 @@ def _details(suite: str, lower: str, rows: Sequence[Row]) -> str:
 
 def _status(row: Row) -> str:
     words = row.get("words", "")
-    return row["status"] if not words or row["status"] == "pass" else f"{row['status']}: {words}"
+    if not words or row["status"] == "pass":
+        return str(row["status"])
+    beside = f" (Inductor: {row['inductor'].split(':')[0]})" if row.get("inductor") else ""
+    return f"{row['status']}{beside}: {words}"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -321,6 +321,6 @@ def test_page_counts_and_escapes() -> None:
         },
     ]
     page = table.page(rows)
-    assert "| s | aot_eager | 3 | 1 | 1 | 1 | 0 | 1 | 2 | 0 | 1 | 0 | 0 | 3 | 0 |" in page
+    assert "| s | aot_eager | 3 | 1 | 1 | 1 | 0 | 1 | 2 | 0 | 1 | 0 | 0 | 3 | 0 | 1 | 0 |" in page
     assert "| 1 | capture: input … is a tensor subclass, Two |" in page
     assert "a\\|b" in page
