@@ -22,8 +22,8 @@ program is compiled even where no rewrite applies, so that nothing passes by doi
 of its own, and compared with fp64 leaf by leaf: outputs, written inputs, buffers, and after one training step
 the gradients of all parameters and float inputs. The rule is that of [verify](verify.md): an error of at most
 1.5 times eager's own. Where a single run misses it, the errors of six nearby inputs are pooled under the same
-rule. A gradient that is zero but for rounding (eager has no correct digit of it: a key's bias under softmax) is
-held to 128 units of rounding of the largest gradient of its module.
+rule (a gradient counts as one sample a run). A gradient that is zero but for rounding (eager has no correct
+digit of it: a key's bias under softmax) is held to 128 units of rounding of the largest gradient of its module.
 
 - *pass*: right. *fell through*: right, but the graph went to PyTorch's backend untouched, with a reason.
 - *wrong*: a value, gradient, shape or type that the rule does not allow. *error*: it raised, crashed, or
