@@ -14,9 +14,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 EXTRAS := dev,models,triton,mlir
 
-# Pass options to the tools: make test PYTEST_ARGS="-k norm -x" TEST_JOBS=0
+# Pass options to the tools: make test PYTEST_ARGS="-k norm -x" TEST_JOBS=2
 PYTEST_ARGS ?=
-TEST_JOBS ?= 2
+TEST_JOBS ?= 0
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 FUZZ_ARGS ?= --jobs 2

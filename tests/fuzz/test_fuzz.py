@@ -21,6 +21,7 @@ from sparsecc.passes.analysis import alias, zero_mean
 from sparsecc.passes.base import Refusal
 from sparsecc.passes.canonical.inplace import FunctionalizeInplace
 from sparsecc.passes.norm import fold_norm_affine, layernorm_to_rmsnorm
+from sparsecc.passes.norm.fold_layerscale import FoldLayerScale
 from sparsecc.passes.norm.fold_norm_affine import FoldNormAffine
 from sparsecc.runtime import fresh
 
@@ -131,6 +132,7 @@ def _blind_readers() -> tuple[Any, str, Callable[..., Any]]:
 FAULTS: dict[str, Callable[[], tuple[Any, str, Callable[..., Any]]]] = {
     "the shift is not folded": _forgotten_shift,
     "eps is off by a tenth": _wrong_eps,
+    "a second reader of the unscaled value": lambda: _without_refusal(FoldLayerScale, "fan-out"),
     "a reader of the norm that is not linear": lambda: _without_refusal(FoldNormAffine, "reader"),
     "readers of the stream": _blind_readers,
     "no recentring": lambda: (
