@@ -53,12 +53,11 @@ def hoist(program: Program) -> Hoisted | None:
     """Cut weight expressions out of ``program`` (left as it was); None when there are none."""
     main = program.copy()
     analyses = Analyses(main)
-    weights = analyses.get(weight_values)
     frontier = _frontier(main, analyses)
     if not frontier:
         return None
     slots = main.placeholders()
-    expressions, used = _extract(main, frontier, weights)
+    expressions, used = _extract(main, frontier)
     for index, node in enumerate(frontier):
         _replace_by_input(main, node, f"folded_{index}")
     main.sweep()
@@ -130,9 +129,7 @@ def _reads_only_the_shape(node: fx.Node) -> bool:
     return bool(name.endswith("_like") or name.startswith("new_"))
 
 
-def _extract(
-    program: Program, frontier: Sequence[fx.Node], weights: WeightValues
-) -> tuple[fx.GraphModule, list[fx.Node]]:
+def _extract(program: Program, frontier: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
     """A graph computing ``frontier`` from the placeholders that it depends on."""
     needed: set[fx.Node] = set()
     stack = list(frontier)

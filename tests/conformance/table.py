@@ -95,11 +95,11 @@ def _opaque(rows: Iterable[Row]) -> str:
 
 
 def _fuzz() -> str:
-    """The summary of the long run of the fuzzer, as it printed it."""
+    """What is on record of the fuzzer's longest run."""
     lines = [
         "## Random programs",
         "",
-        "What `make fuzz` printed of its longest run (tests/fuzz/results.txt):",
+        "What the longest run of `make fuzz` showed (tests/fuzz/results.txt):",
         "",
     ]
     text = FUZZ.read_text(encoding="utf-8").strip()

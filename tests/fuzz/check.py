@@ -313,12 +313,17 @@ class _Judge:
         _same_names(found, exact, "fp64")
         for name, value in found.values.items():
             difference = relative(value, exact.values[name])
-            if difference <= ALGEBRA:
-                continue
-            if difference <= 100 * self._conditioning(name, tensors, exact):
-                self.outcome.notes["ill-conditioned in fp64"] += 1
-                continue
+            self._within_algebra(name, difference, tensors, exact)
+
+    def _within_algebra(
+        self, name: str, difference: float, tensors: dict[str, torch.Tensor], exact: Seen
+    ) -> None:
+        """Two fp64 results differ by no more than fp64 allows, or than the lines themselves are conditioned."""
+        if difference <= ALGEBRA:
+            return
+        if difference > 100 * self._conditioning(name, tensors, exact):
             raise Wrong("algebra", f"{name} differs by {difference:.1e} in fp64")
+        self.outcome.notes["ill-conditioned in fp64"] += 1
 
     def _conditioning(self, name: str, tensors: dict[str, torch.Tensor], exact: Seen) -> float:
         """How far one rounding of the inputs alone moves a result."""
@@ -390,13 +395,9 @@ class _Judge:
     def _in_fp64(self, name: str, pooled: dict[str, list[Seen]]) -> None:
         pairs = zip(pooled["got"], pooled["exact"], strict=True)
         difference = min(relative(a.values[name], b.values[name]) for a, b in pairs)
-        if difference <= ALGEBRA:
-            return
         tensors = {n: wide(t) for n, t in self.case.build().items()}
         exact = observe(self.case, self.case.function(wide=True), tensors)
-        if difference > 100 * self._conditioning(name, tensors, exact):
-            raise Wrong("algebra", f"{name}, computed in fp64, differs by {difference:.1e}")
-        self.outcome.notes["ill-conditioned in fp64"] += 1
+        self._within_algebra(name, difference, tensors, exact)
 
     def after_update(self, tensors: dict[str, torch.Tensor]) -> None:
         """New weights in the old tensors: the next call must see them."""
