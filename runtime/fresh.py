@@ -134,15 +134,16 @@ class _Samples:
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self.views = [_strided(t) for t in tensors]
-            self.before = self._read()
-            self.now = torch.empty_like(self.before)
+            self.now = self.views[0].new_empty(sum(v.numel() for v in self.views))
+            self.before = self._read().clone()
 
     def _read(self) -> torch.Tensor:
-        return torch.cat(self.views)
+        # Into memory of its own: autocast changes cat() of half-precision tensors, or refuses it.
+        return torch.cat(self.views, out=self.now)
 
     def unchanged(self) -> bool:
         with torch.no_grad():
-            torch.cat(self.views, out=self.now)
+            self._read()
             # equal() of NaN is false: a model with NaN weights is folded at each call, and is right
             return bool(torch.equal(self.now, self.before))
 

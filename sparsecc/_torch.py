@@ -87,6 +87,23 @@ def has_unbacked_symbols(value: Any) -> bool:
     return False
 
 
+def without_new_guards(mode: FakeTensorMode, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` on fake values; None where the result would only hold for some of the sizes.
+
+    A guard makes Dynamo compile again for other sizes, which no rewrite is worth.
+    """
+    environment: Any = mode.shape_env
+    if environment is None or not hasattr(environment, "error_on_new_guards"):  # before torch 2.13
+        return function(*args)
+    from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
+
+    with environment.error_on_new_guards():
+        try:
+            return function(*args)
+        except _ShapeEnvGuardError:
+            return None
+
+
 def inductor(
     module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, config: dict[str, Any]
 ) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ O. Choosing the labels is a minimum cut:
     v → sink        infinite    v is R and has a reader that sees the mean
     operand → v'    infinite    a removed mean cannot come back (v' is v as its operator makes it)
     v' → operand    1.50        the mean of one operand is subtracted at run time, for this reader alone
+    operand → sink  infinite    the operand is exact and v' is wider: recentred, it would be rounded
     v → v'          1.50        the mean of v is subtracted at run time, for all its readers
 
 The unit is one LayerNorm made an RMSNorm.
@@ -87,6 +88,14 @@ def recentring_plan(program: Program, analyses: Analyses) -> Plan:
     return _Planner(program, analyses).plan()
 
 
+def is_narrower(operand: fx.Node, result: fx.Node) -> bool:
+    """Whether ``operand`` has a coarser dtype than ``result`` (integers cannot hold a centred value at all)."""
+    dtype: torch.dtype = operand.meta["val"].dtype
+    if not dtype.is_floating_point:
+        return True
+    return torch.finfo(dtype).eps > torch.finfo(result.meta["val"].dtype).eps
+
+
 class _Planner:
     def __init__(self, program: Program, analyses: Analyses) -> None:
         self.program = program
@@ -151,12 +160,18 @@ class _Planner:
         if self._zero_mean(value):
             return []
         carried = None if self._writes_in_place(node) else carry(node, axis)
-        if carried is None:
+        rounded = [v for v in carried.operands if self._rounded(v, node)] if carried else []
+        if carried is None or (rounded and node in self.weights):
             producer = self._producer(value)
             self.producers[value] = producer
             self._arc(value, "O", self._cost(producer))
             return []
         self.carried[value] = carried.operands
+        for operand in rounded:
+            self._arc(operand, "O", INFINITE)
+            dtype = str(operand[0].meta["val"].dtype).removeprefix("torch.")
+            words = f"recentred in {dtype}, it would be rounded before it is widened"
+            self.blame.setdefault(operand, ("widened", words, node))
         made = ("made", value)
         self._arc(made, value, INFINITE)
         self._arc(value, made, AT_RUN_TIME)
@@ -167,6 +182,18 @@ class _Planner:
                 direct = operand[0] in node.all_input_nodes
                 self._arc(made, operand, AT_RUN_TIME if direct else INFINITE)
         return list(carried.operands)
+
+    def _rounded(self, operand: Value, reader: fx.Node) -> bool:
+        """Whether a weight, a table or an input, as exact as it is stored, is read in a wider dtype."""
+        node, axis = operand
+        if not is_narrower(node, reader):
+            return False
+        while node.op != "placeholder" and node.target is not aten.embedding.default:
+            carried = carry(node, axis)
+            if carried is None or not carried.reindexes or len(carried.operands) != 1:
+                return False
+            node, axis = carried.operands[0]
+        return True
 
     def _readers(self, value: Value) -> list[Value]:
         """Values that carry ``value`` on; any reader that would notice the mean pins ``value`` to O."""

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
+from sparsecc._torch import without_new_guards
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import autocasts, region, switch_between
 from sparsecc.passes.analysis.sizes import same_shape
@@ -74,7 +75,7 @@ class FunctionalizeInplace(Pass):
         "external": "an input, a weight or an attribute is written, which the caller can see",
         "aliased": "another view of the written tensor is read after the write",
         "region": "the tensor was made under another autocast or grad mode",
-        "layout": "the functional form would return other strides",
+        "layout": "the functional form would return other strides, for some sizes at least",
     }
 
     def find(self, context: Context) -> list[Match]:
@@ -105,9 +106,14 @@ class FunctionalizeInplace(Pass):
             return Refusal.at(
                 node, "region", "under autocast the two forms may be cast differently"
             )
-        functional = context.program.fake(FUNCTIONAL[node.target], node.args, node.kwargs)
-        if not same_shape(functional.shape, node.meta["val"].shape) or not same_shape(
-            functional.stride(), node.meta["val"].stride()
+        program, value = context.program, node.meta["val"]
+        functional = without_new_guards(
+            program.fake_mode, program.fake, FUNCTIONAL[node.target], node.args, node.kwargs
+        )
+        if (
+            functional is None
+            or not same_shape(functional.shape, value.shape)
+            or not same_shape(functional.stride(), value.stride())
         ):
             return Refusal.at(node, "layout", self.refusals["layout"])
         return None

@@ -19,7 +19,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.norms import Norm, as_norm
-from sparsecc.passes.analysis.zero_mean import Plan, Producer, Value, recentring_plan
+from sparsecc.passes.analysis.zero_mean import Plan, Producer, Value, is_narrower, recentring_plan
 from sparsecc.passes.base import (
     Context,
     Exactness,
@@ -61,6 +61,7 @@ class LayerNormToRMSNorm(Pass):
         "layer-scale": "an unfolded per-channel factor stands before the stream",
         "dropout": "element dropout is active on the stream",
         "mutated": "the stream is written in place",
+        "widened": "a weight, a table or an input is read in a wider dtype: recentred, it would be rounded",
         "costs-more": "subtracting the mean at run time would cost more than the norms save",
     }
 
@@ -101,7 +102,13 @@ class LayerNormToRMSNorm(Pass):
         if producer is not None:
             self._at_producer(program, node, producer)
         for operand, axis in plan.edges.get(value, ()):
-            centred = self._subtracted(program, operand, axis, before=node)
+            wide = operand
+            if is_narrower(operand, node):
+                dtype = node.meta["val"].dtype
+                wide = program.call(
+                    aten.to.dtype, (operand, dtype), like=node, origin=self.name, before=node
+                )
+            centred = self._subtracted(program, wide, axis, before=node)
             node.replace_input_with(operand, centred)
 
     def _at_producer(self, program: Program, node: fx.Node, producer: Producer) -> None:

@@ -10,6 +10,7 @@ from fuzz.case import VOCABULARY
 from fuzz.corners import corner
 
 BATCH, TOKENS = 2, 5
+WIDER = {"bf16": "f32", "f16": "f32", "f32": "f64"}
 
 
 def program(b: Builder) -> None:
@@ -48,6 +49,8 @@ def source(b: Builder) -> tuple[str, str]:
             ("", "", "", ", padding_idx=0", ", scale_grad_by_freq=True", ", max_norm=1.0")
         )
         x = b.line(f"F.embedding({ids}, {table}{more})")
+        if b.dtype in WIDER and b.chance(4):
+            x = b.line(f"{x}.to({WIDER[b.dtype]})")
         return table, position(b, x)
     if kind == "input":
         return "", b.input((BATCH, TOKENS, d))
@@ -70,7 +73,11 @@ def source(b: Builder) -> tuple[str, str]:
 def position(b: Builder, x: str) -> str:
     """Learned positions and other tables, added."""
     d, tokens = b.shape(x)[-1], b.shape(x)[-2]
-    kind = b.pick(("", "", "added", "sliced", "class", "scaled", "normed"))
+    kind = b.pick(("", "", "added", "sliced", "class", "scaled", "normed", "narrow"))
+    if kind == "narrow":  # widened by a cast, or by the addition itself
+        narrow = [one for one, wide in WIDER.items() if wide == b.kind(x)]
+        w = b.weight((1, tokens, d), "normal", b.pick(narrow or [b.kind(x)]))
+        return b.line(b.pick((f"{x} + {w}", f"{x} + {w}.to({b.kind(x)})")))
     if kind == "normed":
         w = b.weight((tokens, d), "normal")
         return b.line(f"{x} + {s.norm(b, w)}")

@@ -33,6 +33,7 @@ from sparsecc.shadow import Fp64
 
 # Of nearby inputs, where one comparison of two draws of rounding noise is too close to call.
 SAMPLES = 8
+MOVED = 2.0**-5  # several units of bfloat16, the coarsest rounding in a program
 
 
 class Wrong(AssertionError):
@@ -366,7 +367,7 @@ class _Judge:
         pooled: dict[str, list[Seen]] = {"got": [], "eager": [], "exact": []}
         before = {n: t.detach().clone() for n, t in tensors.items()}
         for sample in range(SAMPLES):
-            near = nearby(tensors, sample, 1e-3)
+            near = nearby(tensors, sample, MOVED)
             with torch.no_grad():
                 for name, value in near.items():
                     tensors[name].copy_(value)

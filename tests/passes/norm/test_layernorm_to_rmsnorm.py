@@ -570,3 +570,58 @@ def test_zeros_that_are_filled_have_a_mean() -> None:
 
     report = check_exact(stream(Filled), X, applied={NAME: 0}, floor=False, **ONLY)
     assert refusals(report, NAME) == ["mutated"]
+
+
+# ---- what is widened on its way into the stream keeps its digits --------------------------------------
+
+
+class Widened(Stream):
+    """A stored value enters a wider stream, read by ``readers`` LayerNorms of the stream's dtype."""
+
+    def __init__(self, kind: str, narrow: torch.dtype, wide: torch.dtype, readers: int) -> None:
+        super().__init__(16)
+        self.kind, self.wide = kind, wide
+        self.table = nn.Embedding(20, 16)
+        self.query = nn.Parameter(torch.randn(5, 16))
+        self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(readers))
+        randomise(self).to(narrow)
+        self.norms.to(wide)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "weight":
+            x = self.query.to(self.wide)
+        elif self.kind == "table":
+            x = self.table(x) + self.query.to(self.wide)
+        elif self.kind == "input":
+            x = x.to(self.wide)
+        return sum(norm(x) * (i + 1) for i, norm in enumerate(self.norms))
+
+
+TOKENS = torch.randint(0, 20, (3, 5))
+PAIRS = [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)]
+
+
+@pytest.mark.parametrize(("narrow", "wide"), PAIRS)
+@pytest.mark.parametrize(
+    ("kind", "x", "readers", "applied"),
+    [
+        ("weight", X, 1, 1),
+        ("table", TOKENS, 1, 0),
+        ("table", TOKENS, 3, 3),
+        ("input", X, 1, 0),
+        ("input", X, 2, 2),
+        ("input", TOKENS.float().long()[..., None].expand(3, 5, 16) * torch.arange(16), 2, 2),
+    ],
+)
+def test_widened_values_keep_their_digits(kind, x, readers, applied, narrow, wide) -> None:
+    model = Widened(kind, narrow, wide, readers)
+    x = x.to(narrow) if x.is_floating_point() else x
+    expected = copy.deepcopy(model).double()
+    expected.wide = torch.float64
+    exact = expected(x.double() if x.is_floating_point() else x)
+    result, report = run(model, x, **ONLY)
+    assert report[NAME].applied == applied
+    assert result.dtype == wide
+    assert error(result, exact) < 16 * torch.finfo(wide).eps
+    if not applied:
+        assert {r.code for r in report[NAME].refusals} == {"widened"}
