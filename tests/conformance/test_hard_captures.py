@@ -241,13 +241,18 @@ def test_flex_attention() -> None:
 # ---- random numbers ------------------------------------------------------------------------------
 
 
-def draws(h: torch.Tensor) -> Any:
-    """Every mask is returned beside the result; one stands in a checkpointed region."""
+def draws(h: torch.Tensor, kept: torch.Tensor | None = None) -> Any:
+    """Every mask is returned beside the result; one stands in a checkpointed region (``kept``: given)."""
     ones = torch.ones_like(h)
     masks = [F.dropout(ones, 0.3), torch.rand_like(h), torch.bernoulli(ones / 3)]
     masks.append(torch.randint(0, 9, h.shape))
-    h = checkpoint(lambda v: torch.sin(F.dropout(v, 0.4)), h, use_reentrant=False)
-    return h, *masks, torch.randn(3)
+
+    def region(v: torch.Tensor) -> Any:
+        mask = F.dropout(torch.ones_like(v), 0.4) if kept is None else kept.to(v)
+        return torch.sin(v * mask), mask
+
+    h, mask = checkpoint(region, h, use_reentrant=False)
+    return h, *masks, torch.randn(3), mask
 
 
 class Drawing(Small):
@@ -258,29 +263,42 @@ class Drawing(Small):
         return self.head(self.last(x + self.leave(h))), mask, *masks
 
 
+def trained(function: Any, model: nn.Module, x: torch.Tensor, masks: Any = ()) -> tuple[Any, Any]:
+    """The results of two calls, with the masks given to eager; and what is compared of them."""
+    torch.manual_seed(3)
+    results = []
+    for kept in masks or (None, None):
+        if kept is not None:
+            model.hard = functools.partial(draws, kept=kept)
+        results.append(function(x))
+    sum(r[0].square().sum() for r in results).backward()
+    found = {f"output {i}": r[0].detach() for i, r in enumerate(results)}
+    found |= {f"gradient of {n}": p.grad for n, p in model.named_parameters()}
+    return results, found
+
+
 def test_random_numbers_are_inductors_bit_for_bit() -> None:
     model = randomise(Drawing(draws))
     x = x32(grad=True)
     report = sparsecc.Report()
-    found = []
-    for settings in (INDUCTOR, ours(report)):
-        torch._dynamo.reset()
-        one = copy.deepcopy(model)
-        fast = torch.compile(one, **settings)
-        torch.manual_seed(3)
-        results = [fast(x) for _ in range(2)]
-        sum(r[0].square().sum() for r in results).backward()
-        found.append((results, [p.grad for p in one.parameters()]))
+    torch._dynamo.reset()
+    one, two = copy.deepcopy(model), copy.deepcopy(model)
+    theirs, _ = trained(torch.compile(one, **INDUCTOR), one, x)
+    torch._dynamo.reset()
+    mine, got = trained(torch.compile(two, **ours(report)), two, x)
     assert report[TO_RMS].applied == 2
-    (theirs, their_grads), (mine, my_grads) = found
     for a, b in zip(mine, theirs, strict=True):
-        assert len(a) == 7
+        assert len(a) == 8
         for mask, other in zip(a[1:], b[1:], strict=True):
             assert torch.equal(mask, other)
     assert not torch.equal(mine[0][1], mine[1][1])
     # The dropped elements of the checkpointed region are the same again in backward.
-    torch.testing.assert_close(mine[0][0], theirs[0][0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(my_grads, their_grads, rtol=1e-3, atol=1e-4)
+    kept = [r[-1].detach() for r in mine]
+    assert not torch.equal(*kept)
+    plain, wide = copies(model)
+    _, eager = trained(plain, plain, x, kept)
+    _, exact = trained(wide, wide, x.detach().double(), kept)
+    no_worse(got, eager, exact, tensors=2 + len(list(model.parameters())))
 
 
 # ---- autocast ------------------------------------------------------------------------------------

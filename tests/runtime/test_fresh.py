@@ -314,6 +314,20 @@ def test_modes_of_checking(freshness: str) -> None:
     assert seen or freshness != "hash"
 
 
+@pytest.mark.parametrize("freshness", ["probe", "hash"])
+def test_half_precision_weights_under_another_autocast(freshness: str) -> None:
+    """CPU's bf16 autocast refuses to concatenate fp16 tensors; looking at weights must not ask it to."""
+    model = randomise(nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 5))).half().eval()
+    x = torch.randn(3, 16).half()
+    options = {"lower": "eager", "freshness": freshness, "require": {"fold-norm-affine": 1}}
+    fast = torch.compile(model, backend="sparsecc", options=options)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            assert error(fast(x), model(x)) < 2**-5
+            model[0].weight.mul_(3)
+            torch.clear_autocast_cache()  # eager itself keeps casts of the old weights
+
+
 def test_verify_catches_stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """A planted fault: the freshness check sees nothing, the proof does."""
     from sparsecc.runtime import fresh

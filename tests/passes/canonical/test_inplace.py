@@ -259,3 +259,19 @@ def test_residual_in_place(run_pass, dynamic):
     result = run_pass(PASSES, function, x, dynamic=dynamic)
     assert not writes(result)
     torch.testing.assert_close(result.value, function(x), rtol=0, atol=0)
+
+
+def test_strides_that_hold_for_some_sizes_only(run_pass):
+    """Which layout the sum would have depends on the sizes: asking must not tie the program to them."""
+    w, m = torch.randn(8, 3, 2, 2), torch.randn(8, 8)
+
+    def function(x):
+        h = F.conv2d(x, w, stride=2)
+        y = F.linear(h.permute(0, 2, 3, 1), m).permute(0, 3, 1, 2)
+        y += h
+        return y
+
+    x = torch.randn(2, 3, 4, 4)
+    result = run_pass(PASSES, function, x, dynamic=True)
+    assert result.refused == ["layout"]
+    torch.testing.assert_close(result.value, function(x), rtol=0, atol=0)
