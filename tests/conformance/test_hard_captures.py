@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from agreement import agree, judge, no_worse, ours
+from agreement import agree, copies, judge, no_worse, ours
 from hard import (
     FOLD,
     TO_RMS,

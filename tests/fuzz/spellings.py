@@ -177,7 +177,8 @@ def batch_norm(b: Builder, x: str) -> str:
     call = f"{mean}, {var}, {w}, {c}, {b.chance(3)}, 0.1, 1e-5)"
     if b.rank(x) == 2:
         return b.line(f"F.batch_norm({x}, {call}")
-    turned = b.line(f"{x}.transpose(1, -1)")
+    # Without the copy PyTorch traces other strides than the operator returns: aot_eager raises on its own.
+    turned = b.line(f"{x}.transpose(1, -1).contiguous()")
     return b.line(f"F.batch_norm({turned}, {call}.transpose(1, -1)")
 
 
