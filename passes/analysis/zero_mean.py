@@ -161,17 +161,17 @@ class _Planner:
             return []
         carried = None if self._writes_in_place(node) else carry(node, axis)
         rounded = [v for v in carried.operands if self._rounded(v, node)] if carried else []
+        for operand in rounded:
+            self._arc(operand, "O", INFINITE)
+            dtype = str(operand[0].meta["val"].dtype).removeprefix("torch.")
+            words = f"recentred in {dtype}, it would be rounded before it is widened"
+            self.blame.setdefault(operand, ("widened", words, node))
         if carried is None or (rounded and node in self.weights):
             producer = self._producer(value)
             self.producers[value] = producer
             self._arc(value, "O", self._cost(producer))
             return []
         self.carried[value] = carried.operands
-        for operand in rounded:
-            self._arc(operand, "O", INFINITE)
-            dtype = str(operand[0].meta["val"].dtype).removeprefix("torch.")
-            words = f"recentred in {dtype}, it would be rounded before it is widened"
-            self.blame.setdefault(operand, ("widened", words, node))
         made = ("made", value)
         self._arc(made, value, INFINITE)
         self._arc(value, made, AT_RUN_TIME)

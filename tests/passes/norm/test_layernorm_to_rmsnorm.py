@@ -625,3 +625,26 @@ def test_widened_values_keep_their_digits(kind, x, readers, applied, narrow, wid
     assert error(result, exact) < 16 * torch.finfo(wide).eps
     if not applied:
         assert {r.code for r in report[NAME].refusals} == {"widened"}
+
+
+def test_a_widened_weight_that_is_also_read_as_it_is() -> None:
+    """Its other reader sees the mean."""
+
+    class Query(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query = nn.Parameter(torch.randn(5, 16))
+            self.norm = nn.LayerNorm(16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            wide = self.query.float()
+            y = nn.functional.rms_norm(wide, (16,)).to(self.query.dtype)
+            return self.norm(self.query + y) + x
+
+    model = randomise(Query()).bfloat16()
+    x = torch.zeros(5, 16, dtype=torch.bfloat16)
+    exact = copy.deepcopy(model).double()(x.double())
+    result, report = run(model, x, **ONLY)
+    assert report[NAME].applied == 0
+    assert [r.code for r in report[NAME].refusals] == ["widened"]
+    assert error(result, exact) < 2**-6
