@@ -188,6 +188,8 @@ class _Planner:
         node, axis = operand
         if not is_narrower(node, reader):
             return False
+        if not node.meta["val"].dtype.is_floating_point:
+            return True
         while node.op != "placeholder" and node.target is not aten.embedding.default:
             carried = carry(node, axis)
             if carried is None or not carried.reindexes or len(carried.operands) != 1:

@@ -594,6 +594,8 @@ class Widened(Stream):
             x = self.table(x) + self.query.to(self.wide)
         elif self.kind == "input":
             x = x.to(self.wide)
+        elif self.kind == "sum":
+            x = (x + x // 3).to(self.wide)
         return sum(norm(x) * (i + 1) for i, norm in enumerate(self.norms))
 
 
@@ -610,7 +612,8 @@ PAIRS = [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)]
         ("table", TOKENS, 3, 3),
         ("input", X, 1, 0),
         ("input", X, 2, 2),
-        ("input", TOKENS.float().long()[..., None].expand(3, 5, 16) * torch.arange(16), 2, 2),
+        ("input", TOKENS[..., None] * torch.arange(16), 2, 2),
+        ("sum", TOKENS[..., None] * torch.arange(16), 2, 2),
     ],
 )
 def test_widened_values_keep_their_digits(kind, x, readers, applied, narrow, wide) -> None:
