@@ -20,6 +20,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
 
+from sparsecc._torch import without_new_guards
+
 WEIGHT = "sparsecc_weight"  # node.meta: an expression over weights that a pass wrote
 ORIGIN = "sparsecc_pass"  # node.meta: the pass that created the node
 MOVED = "sparsecc_moved"  # node.meta: why the node's value differs from the original's by design
@@ -180,6 +182,10 @@ class Program:
         values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
         with self.fake_mode, torch.no_grad(), no_autocast():
             return target(*values, **named)
+
+    def fake_for_all_sizes(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """As :meth:`fake`; None where what it returns (its strides, say) is so for some sizes only."""
+        return without_new_guards(self.fake_mode, self.fake, target, args, kwargs)
 
     def bring_before(self, node: fx.Node, anchor: fx.Node) -> None:
         """Move ``node``, and what it is computed from, in front of ``anchor`` where it stands behind.

@@ -338,3 +338,17 @@ def test_static_inputs_keep_their_address() -> None:
 
     compile_with(backend, torch.add, torch.zeros(2), torch.zeros(2))
     assert found == [[1]]
+
+
+def test_without_new_guards() -> None:
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    x = mode.from_tensor(torch.randn(4, 6), static_shapes=False)
+    before = len(environment.guards)
+    assert _torch.without_new_guards(mode, lambda: bool(x.shape[0] == 4)) is None
+    assert len(environment.guards) == before
+    assert _torch.without_new_guards(mode, lambda v: v.shape[0] * 2, x) == x.shape[0] * 2
+    plain = FakeTensorMode()
+    assert _torch.without_new_guards(plain, lambda: 3) == 3

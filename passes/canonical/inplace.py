@@ -20,7 +20,6 @@ import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from sparsecc._torch import without_new_guards
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import autocasts, region, switch_between
 from sparsecc.passes.analysis.sizes import same_shape
@@ -106,9 +105,9 @@ class FunctionalizeInplace(Pass):
             return Refusal.at(
                 node, "region", "under autocast the two forms may be cast differently"
             )
-        program, value = context.program, node.meta["val"]
-        functional = without_new_guards(
-            program.fake_mode, program.fake, FUNCTIONAL[node.target], node.args, node.kwargs
+        value = node.meta["val"]
+        functional = context.program.fake_for_all_sizes(
+            FUNCTIONAL[node.target], node.args, node.kwargs
         )
         if (
             functional is None
