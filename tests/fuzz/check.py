@@ -31,8 +31,9 @@ from sparsecc.proof import ALGEBRA, compare
 from sparsecc.report.model import GraphReport
 from sparsecc.shadow import Fp64
 
-# Of nearby inputs, where one comparison of two draws of rounding noise is too close to call.
-SAMPLES = 8
+# Of nearby inputs, where one comparison of two draws of rounding noise is too close to call. Where gradients of
+# small tensors differ by a factor of two from draw to draw, eight do not settle a rule of 1.5.
+SAMPLES = (8, 64)
 MOVED = 2.0**-5  # several units of bfloat16, the coarsest rounding in a program
 
 
@@ -357,27 +358,29 @@ class _Judge:
                 )
         bad = [n for n in found.values if not _close(n, found, eager, exact)]
         if bad:
-            self._second_look(run, tensors, bad)
+            try:
+                self._second_look(run, tensors, bad, SAMPLES[0])
+            except Wrong:
+                self._second_look(run, tensors, bad, SAMPLES[1])
 
     def _second_look(
-        self, run: Callable[..., Any], tensors: dict[str, torch.Tensor], bad: list[str]
+        self,
+        run: Callable[..., Any],
+        tensors: dict[str, torch.Tensor],
+        bad: list[str],
+        samples: int,
     ) -> None:
         """Nearby inputs round independently; a wrong value stays wrong in all of them."""
-        self.outcome.notes["second look"] += 1
+        self.outcome.notes[f"second look, {samples} inputs"] += 1
         pooled: dict[str, list[Seen]] = {"got": [], "eager": [], "exact": []}
         before = {n: t.detach().clone() for n, t in tensors.items()}
-        for sample in range(SAMPLES):
-            near = nearby(tensors, sample, MOVED)
-            with torch.no_grad():
-                for name, value in near.items():
-                    tensors[name].copy_(value)
+        for sample in range(samples):
+            _set(tensors, nearby(tensors, sample, MOVED))
             eager, exact = truth(self.case, tensors)
             pooled["got"].append(observe(self.case, run, tensors, copy=False))
             pooled["eager"].append(eager)
             pooled["exact"].append(exact)
-        with torch.no_grad():
-            for name, value in before.items():
-                tensors[name].copy_(value)
+        _set(tensors, before)
         for name in bad:
             if _is_reference(pooled["eager"][0].values[name], pooled["exact"][0].values[name]):
                 self._in_fp64(name, pooled)
@@ -415,6 +418,13 @@ class _Judge:
             self.rounding(self.run, tensors, eager, exact)
         except Wrong as error:
             raise Wrong(f"after an update of the weights, {error.kind}", str(error)) from error
+
+
+def _set(tensors: dict[str, torch.Tensor], values: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        for name, value in values.items():
+            tensors[name].copy_(value)
+    torch.clear_autocast_cache()  # inside one region eager itself keeps casts of the old weights
 
 
 def _same_names(found: Seen, expected: Seen, what: str) -> None:
