@@ -293,6 +293,24 @@ class WeightBuilder:
         return self.as_dtype(self.sub(wide, self.mean(wide, dim)), node.meta["val"].dtype)
 
 
+# Operators that move running statistics, which their schemas do not say; arguments 3 to 5 are the mean, the
+# variance and whether they are moved.
+_MOVES_STATISTICS = frozenset(
+    "batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm "
+    "_batch_norm_impl_index".split()
+)
+
+
+def moved_statistics(node: fx.Node) -> list[fx.Node]:
+    """The running statistics that ``node`` writes (BatchNorm and InstanceNorm in training)."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or len(node.args) < 6:
+        return []
+    if target._schema.name.removeprefix("aten::") not in _MOVES_STATISTICS or not node.args[5]:
+        return []
+    return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
+
+
 def is_effect(node: fx.Node) -> bool:
     """Whether removing an unused ``node`` could change what the user sees."""
     if node.op in ("placeholder", "output"):
@@ -301,7 +319,11 @@ def is_effect(node: fx.Node) -> bool:
         return False
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
-        return target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags
+        return (
+            target._schema.is_mutable
+            or torch.Tag.nondeterministic_seeded in target.tags
+            or bool(moved_statistics(node))
+        )
     if getattr(target, "__module__", "") == "_operator":
         return getattr(target, "__name__", "") in WRITING_OPERATORS
     # What Dynamo left (higher-order operators, grad mode, asserts) may have effects; keep all of it.

@@ -14,7 +14,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from sparsecc.passes.base import Analyses
-from sparsecc.program import WRITING_OPERATORS, Program
+from sparsecc.program import WRITING_OPERATORS, Program, moved_statistics
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def _written(node: fx.Node, program: Program) -> list[fx.Node]:
         return []
     if isinstance(node.target, torch._ops.OpOverload):
         schema = node.target._schema
-        return [
+        return moved_statistics(node) + [
             a
             for argument, value in zip(schema.arguments, _bound(node), strict=False)
             if argument.alias_info is not None and argument.alias_info.is_write
@@ -115,7 +115,7 @@ def _body_writes(node: fx.Node, program: Program) -> bool:
 
 def _mutates(node: fx.Node) -> bool:
     if isinstance(node.target, torch._ops.OpOverload):
-        return bool(node.target._schema.is_mutable)
+        return bool(node.target._schema.is_mutable or moved_statistics(node))
     return node.op in ("call_function", "call_method") and _named_as_write(node)
 
 
