@@ -500,6 +500,37 @@ def test_batchnorm_and_dropout(train: bool) -> None:
     assert model.hard.norm.num_batches_tracked == (2 if train else 0)
 
 
+def test_moved_statistics_are_writes() -> None:
+    """BatchNorm's schema does not say that it writes: its result unused it still must, and what it writes is no
+    weight to fold."""
+
+    class Calibrated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.batch, self.layer, self.head = nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.batch(x)
+            normal = nn.functional.layer_norm(x, (4,), bias=self.batch.running_mean)
+            return self.head(self.layer(x)) + self.head(normal)
+
+    model, x = randomise(Calibrated()).train(), torch.randn(5, 4)
+    plain = copy.deepcopy(model)
+    report = sparsecc.Report()
+    fast = torch.compile(
+        model,
+        backend="sparsecc",
+        options={"lower": "eager", "report": report, "passes": {FOLD: {"untie": True}}},
+    )
+    with torch.no_grad():
+        for _ in range(3):
+            torch.testing.assert_close(fast(x), plain(x))
+            torch.testing.assert_close(model.batch.running_mean, plain.batch.running_mean)
+            torch.testing.assert_close(model.batch.running_var, plain.batch.running_var)
+    assert report[FOLD].applied == 1
+    assert [r.code for r in report[FOLD].refusals] == ["not-a-weight"]
+
+
 @pytest.mark.slow
 def test_random_numbers_are_inductors() -> None:
     """Inductor draws from seeds of its own; with the same seed, sparsecc gives the same dropout masks."""
