@@ -184,13 +184,18 @@ class _Planner:
         return list(carried.operands)
 
     def _rounded(self, operand: Value, reader: fx.Node) -> bool:
-        """Whether a weight, a table or an input, as exact as it is stored, is read in a wider dtype."""
+        """Whether something stored is read in a wider dtype: a weight, a table, an input, a layer's weights.
+
+        What autocast makes narrow is not: it rounds the fp32 weight at each call, recentred or not.
+        """
         node, axis = operand
         if not is_narrower(node, reader):
             return False
         if not node.meta["val"].dtype.is_floating_point:
             return True
         while node.op != "placeholder" and node.target is not aten.embedding.default:
+            if node in self.linears:
+                return not is_narrower(node, self.linears[node].weight)
             carried = carry(node, axis)
             if carried is None or not carried.reindexes or len(carried.operands) != 1:
                 return False

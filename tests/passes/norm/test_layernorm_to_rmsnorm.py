@@ -592,6 +592,8 @@ class Widened(Stream):
             x = self.query.to(self.wide)
         elif self.kind == "table":
             x = self.table(x) + self.query.to(self.wide)
+        elif self.kind == "linear":  # for small inputs its result is its bias, which is exact
+            x = self.first(x).to(self.wide) + self.query.to(self.wide)
         elif self.kind == "input":
             x = x.to(self.wide)
         elif self.kind == "sum":
@@ -610,6 +612,8 @@ PAIRS = [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)]
         ("weight", X, 1, 1),
         ("table", TOKENS, 1, 0),
         ("table", TOKENS, 3, 3),
+        ("linear", X / 1e30, 1, 0),
+        ("linear", X / 1e30, 2, 2),
         ("input", X, 1, 0),
         ("input", X, 2, 2),
         ("input", TOKENS[..., None] * torch.arange(16), 2, 2),
@@ -628,6 +632,28 @@ def test_widened_values_keep_their_digits(kind, x, readers, applied, narrow, wid
     assert error(result, exact) < 16 * torch.finfo(wide).eps
     if not applied:
         assert {r.code for r in report[NAME].refusals} == {"widened"}
+
+
+def test_autocast_narrows_with_and_without_recentring() -> None:
+    """Linear layers in bf16 with fp32 weights, added to an fp32 stream: the usual training setup."""
+
+    class Mixed(Stream):
+        def forward(self, x):
+            x = self.first(x)
+            for block in self.blocks:
+                with torch.autocast("cpu", torch.bfloat16):
+                    y = block.out(block.norm1(x))
+                x = x + y
+            return self.head(self.norm(x))
+
+    model = stream(Mixed)
+    exact = copy.deepcopy(model).double()
+    with torch.no_grad():
+        result, report = run(model, X, **ONLY)
+        eager = model(X)
+        reference = exact(X.double())
+    assert report[NAME].applied == 3
+    assert error(result, reference) <= 1.5 * error(eager, reference)
 
 
 def test_a_widened_weight_that_is_also_read_as_it_is() -> None:
