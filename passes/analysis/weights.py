@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
+from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program, Role
@@ -16,6 +17,9 @@ from sparsecc.program import Program, Role
 @dataclass(frozen=True)
 class WeightValues:
     """Nodes computed from parameters and buffers alone, by pure deterministic operators.
+
+    In training not under ``no_grad``: a fold over such a value would stand in its region, and lose the
+    gradients of the other weights.
 
     ``sources`` maps each such node to the placeholders it reads. Weights that the program itself writes
     (BatchNorm statistics in training, KV caches kept as buffers) are not among them.
@@ -36,6 +40,7 @@ class WeightValues:
 
 def weight_values(program: Program, analyses: Analyses) -> WeightValues:
     alias = analyses.get(aliases)
+    mode = analyses.get(modes)
     sources: dict[fx.Node, frozenset[fx.Node]] = {}
     for node in program.graph.nodes:
         slot = program.slot(node)
@@ -44,6 +49,8 @@ def weight_values(program: Program, analyses: Analyses) -> WeightValues:
                 sources[node] = frozenset({node})
             continue
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
+            continue
+        if program.trains and not mode[node][0]:
             continue
         inputs = node.all_input_nodes
         if (

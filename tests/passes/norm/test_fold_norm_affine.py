@@ -227,6 +227,28 @@ def test_training_is_refused_by_default() -> None:
     assert report["layernorm-to-rmsnorm"].applied == 5
 
 
+def test_weights_taken_without_gradients_keep_those_of_the_norm() -> None:
+    """A frozen slice of a projection: the fold may not stand in its no_grad region."""
+
+    class Sliced(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.full = nn.LayerNorm(16), nn.Linear(16, 20, bias=False)
+
+        def forward(self, x):
+            y = self.norm(x)
+            with torch.no_grad():
+                weight = self.full.weight[:8]
+            return nn.functional.linear(y, weight)
+
+    model = randomise(Sliced()).double()
+    expected = torch.autograd.grad(model(X.double()).square().sum(), list(model.norm.parameters()))
+    result, report = run(model, X.double(), lower="aot_eager", passes={NAME: {"untie": True}})
+    assert report[NAME].applied == 0
+    got = torch.autograd.grad(result.square().sum(), list(model.norm.parameters()))
+    assert max(error(a, b) for a, b in zip(got, expected, strict=True)) < 1e-12
+
+
 # ---- refuses ---------------------------------------------------------------------------------------
 
 

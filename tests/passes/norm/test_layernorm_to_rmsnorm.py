@@ -23,6 +23,7 @@ from torch import nn
 from sparsecc.passes.analysis.stream import carry
 from sparsecc.passes.analysis.zero_mean import recentring_plan
 from sparsecc.passes.base import Analyses
+from sparsecc.proof import compare
 
 NAME = "layernorm-to-rmsnorm"
 ONLY = {"passes": [NAME]}
@@ -648,12 +649,12 @@ def test_autocast_narrows_with_and_without_recentring() -> None:
 
     model = stream(Mixed)
     exact = copy.deepcopy(model).double()
+    x = torch.randn(200, 5, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        result, report = run(model, X, **ONLY)
-        eager = model(X)
-        reference = exact(X.double())
+        result, report = run(model, x, **ONLY)
+        verdict = compare("output", result, model(x), exact(x.double()))
     assert report[NAME].applied == 3
-    assert error(result, reference) <= 1.5 * error(eager, reference)
+    assert verdict.passed, verdict
 
 
 def test_a_widened_weight_that_is_also_read_as_it_is() -> None:
