@@ -138,6 +138,14 @@ def test_rule_on_single_tensors() -> None:
     assert not compare("x", poisoned, eager, exact).passed
 
 
+def test_fp64_is_its_own_reference() -> None:
+    """Eager in fp64 has no error; another order of its sums moves more than two units where terms cancel."""
+    eager = torch.randn(64, 8, dtype=torch.float64)
+    assert compare("x", eager * (1 + 1e-13), eager, eager).passed
+    assert not compare("x", eager * (1 + 1e-8), eager, eager).passed
+    assert not compare("x", eager.float().double(), eager, eager).passed
+
+
 def test_non_finite_outputs_must_agree() -> None:
     exact = torch.tensor([1.0, float("inf"), float("nan")], dtype=torch.float64)
     eager = exact.float()
