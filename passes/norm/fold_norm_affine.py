@@ -120,6 +120,10 @@ class FoldNormAffine(Pass):
                     f"keep a second copy of {size:.1f} MiB",
                 )
         mode = context.analyses.get(modes)
+        tail: Tail = match.nodes["tail"]
+        for step in tail.steps:  # a factor under no_grad detaches
+            if mode[step.node][0] != mode[match.node][0]:
+                return Refusal.at(step.node, "region", self.refusals["region"])
         for linear in reads.linears:
             if mode[linear.node] != mode[match.node]:
                 return Refusal.at(linear.node, "region", self.refusals["region"])

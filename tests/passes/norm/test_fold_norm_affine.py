@@ -249,6 +249,25 @@ def test_weights_taken_without_gradients_keep_those_of_the_norm() -> None:
     assert max(error(a, b) for a, b in zip(got, expected, strict=True)) < 1e-12
 
 
+def test_a_factor_without_gradients_detaches() -> None:
+    class Detaching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 8)
+
+        def forward(self, x):
+            y = self.norm(x)
+            with torch.no_grad():
+                y = y * 0.5
+            return self.linear(y)
+
+    model = randomise(Detaching())
+    result, report = run(model, X, lower="aot_eager", **ONLY)
+    assert refusals(report, NAME) == ["region"]
+    result.sum().backward()
+    assert model.norm.weight.grad is None or not model.norm.weight.grad.any()
+
+
 # ---- refuses ---------------------------------------------------------------------------------------
 
 
