@@ -93,7 +93,7 @@ def without_new_guards(mode: FakeTensorMode, function: Callable[..., Any], *args
     A guard makes Dynamo compile again for other sizes, which no rewrite is worth.
     """
     environment: Any = mode.shape_env
-    if environment is None or not hasattr(environment, "error_on_new_guards"):  # before torch 2.13
+    if environment is None or not hasattr(environment, "error_on_new_guards"):  # older ones
         return function(*args)
     from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
 

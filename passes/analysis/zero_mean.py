@@ -12,7 +12,7 @@ O. Choosing the labels is a minimum cut:
     v → sink        infinite    v is R and has a reader that sees the mean
     operand → v'    infinite    a removed mean cannot come back (v' is v as its operator makes it)
     v' → operand    1.50        the mean of one operand is subtracted at run time, for this reader alone
-    operand → sink  infinite    the operand is exact and v' is wider: recentred, it would be rounded
+    operand → sink  infinite    the operand is stored narrower than v': recentred, it would be rounded
     v → v'          1.50        the mean of v is subtracted at run time, for all its readers
 
 The unit is one LayerNorm made an RMSNorm.

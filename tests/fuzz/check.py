@@ -410,7 +410,7 @@ class _Judge:
             for name, value in tensors.items():
                 if not self.case.tensors[name].shares:
                     (value.data if self.case.seed % 2 else value).copy_(other[name])
-        torch.clear_autocast_cache()  # inside one region eager itself keeps casts of the old weights
+        torch.clear_autocast_cache()  # as in _set
         eager, exact = truth(self.case, tensors)
         if not sane(eager, exact):
             return
