@@ -19,6 +19,7 @@ CANONICAL: dict[str, str] = {
 }
 
 REWRITES: dict[str, str] = {
+    "fold-batchnorm": "sparsecc.passes.batchnorm.fold_batchnorm:FoldBatchNorm",
     "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
     "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",
     "fold-norm-affine": "sparsecc.passes.norm.fold_norm_affine:FoldNormAffine",

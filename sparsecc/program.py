@@ -33,6 +33,9 @@ _SHAPE_QUERIES = frozenset(
 )
 
 
+_LIKE = ("aten.view_as.default", "aten.reshape_as.default", "aten.expand_as.default")
+
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -176,6 +179,16 @@ class Program:
         node.meta["val"] = self.fake(target, args, kwargs or {}) if val is None else val
         self.version += 1
         return node
+
+    def cast(
+        self, value: fx.Node, dtype: torch.dtype, *, like: fx.Node, origin: str, before: fx.Node
+    ) -> fx.Node:
+        """``value`` in ``dtype``, by a new node where it is another."""
+        if value.meta["val"].dtype == dtype:
+            return value
+        return self.call(
+            torch.ops.aten.to.dtype, (value, dtype), like=like, origin=origin, before=before
+        )
 
     def fake(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What ``target`` returns on the fake values of its arguments."""
@@ -342,6 +355,13 @@ def is_shape_query(node: fx.Node) -> bool:
         return False
     name = node.target._schema.name.removeprefix("aten::")
     return name in _SHAPE_QUERIES and len(node.all_input_nodes) == 1
+
+
+def reads_shape_only(user: fx.Node, value: fx.Node) -> bool:
+    """Whether ``user`` asks ``value`` for its shape or dtype alone."""
+    if is_shape_query(user):
+        return True
+    return target_name(user) in _LIKE and user.args[0] is not value
 
 
 def source_line(node: fx.Node) -> str:

@@ -1,4 +1,4 @@
-"""Linear maps with weights, in every spelling: linear, addmm, mm, matmul, convolutions.
+"""Linear maps with weights, in every spelling: linear, addmm, mm, matmul, convolutions, transposed ones.
 
 ``y = x Wᵀ + b`` becomes one view with the axes named, so that a fold is written once.
 """
@@ -19,6 +19,11 @@ from sparsecc.program import ORIGIN, Program
 aten = torch.ops.aten
 
 _CONVS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
+_TRANSPOSED = (
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input,
+)
 _CONVS_PADDED = (aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding)
 
 
@@ -27,7 +32,8 @@ class Linear:
     """One linear map whose weight (and bias) are weight values.
 
     ``out_axis`` and ``in_axis`` are axes of ``weight``; ``feature_axis`` is the axis of the result that
-    holds the output features (-1, or 1 for convolutions). ``bias`` is [out] or None.
+    holds the output features (-1, or 1 for convolutions). ``bias`` is [out] or None. The weight of a transposed
+    convolution is [in, out/groups, ...]: where it is grouped, no axis of it holds the output features.
     """
 
     node: fx.Node
@@ -37,6 +43,11 @@ class Linear:
     out_axis: int
     in_axis: int
     feature_axis: int = -1
+    groups: int = 1
+
+    @property
+    def is_transposed(self) -> bool:
+        return self.node.target in _TRANSPOSED
 
     @property
     def is_conv(self) -> bool:
@@ -45,9 +56,38 @@ class Linear:
     @property
     def is_grouped(self) -> bool:
         """Whether each output feature reads only some inputs: rows scale, but do not mix."""
-        return self.is_conv and not same_size(
-            self.weight.meta["val"].shape[1], self.x.meta["val"].shape[1]
+        return self.groups != 1
+
+    def scaled_rows(self, program: Program, vector: fx.Node, origin: str) -> fx.Node:
+        """The weight with each output feature times its element of ``vector`` [out], no narrower than fp32."""
+        build = program.weight(origin, self.node)
+        weight = build.wide(self.weight)
+        if not (self.is_transposed and self.is_grouped):
+            return build.mul(weight, self.along(program, vector, self.out_axis, origin))
+        shape = list(self.weight.meta["val"].shape)
+        inputs, outputs, *kernel = shape
+        groups = self.groups
+        split = build.call(
+            aten.reshape.default, weight, [groups, inputs // groups, outputs, *kernel]
         )
+        spread = build.call(aten.reshape.default, vector, [groups, 1, outputs, *[1] * len(kernel)])
+        return build.call(aten.reshape.default, build.mul(split, spread), shape)
+
+    def scale_and_shift(
+        self, program: Program, scale: fx.Node, shift: fx.Node | None, origin: str
+    ) -> None:
+        """Make it ``scale ⊙ y + shift``, both [out] and no narrower than fp32; a bias is made for the shift."""
+        build = program.weight(origin, self.node)
+        dtype = self.weight.meta["val"].dtype
+        weight = build.as_dtype(self.scaled_rows(program, scale, origin), dtype)
+        bias = shift
+        if self.bias is not None:
+            dtype = self.bias.meta["val"].dtype
+            bias = build.mul(build.wide(self.bias), scale)
+            bias = bias if shift is None else build.add(bias, shift)
+        if bias is not None:
+            bias = build.as_dtype(bias, dtype)
+        self.set_weights(program, origin, weight=weight, bias=bias)
 
     def along(self, program: Program, vector: fx.Node, axis: int, origin: str) -> fx.Node:
         """A vector [n] reshaped to broadcast along ``axis`` of the weight."""
@@ -76,7 +116,9 @@ class Linear:
     def _spelled(
         self, program: Program, origin: str, weight: fx.Node, bias: fx.Node | None
     ) -> tuple[Any, Any]:
-        target, x = self.node.target, self.x
+        target: Any = self.node.target
+        # Not self.x: another match may have replaced it since.
+        x: Any = self.node.args[1 if target is aten.addmm.default else 0]
         if self.is_conv:
             return target, (x, weight, bias, *self.node.args[3:])
         if target is aten.linear.default:
@@ -106,7 +148,12 @@ def as_linear(node: fx.Node, weights: WeightValues) -> Linear | None:
         return _make(node, weights, x, weight, None, 1, 0, rank=2)
     if target in _CONVS or target in _CONVS_PADDED:
         x, weight, bias = (*args, None)[:3]
-        return _make(node, weights, x, weight, bias, 0, 1, rank=None, feature_axis=1)
+        groups: Any = args[6] if len(args) > 6 else 1
+        return _make(node, weights, x, weight, bias, 0, 1, rank=None, feature_axis=1, groups=groups)
+    if target in _TRANSPOSED:
+        x, weight, bias = (*args, None)[:3]
+        groups = args[6] if len(args) > 6 else 1
+        return _make(node, weights, x, weight, bias, 1, 0, rank=None, feature_axis=1, groups=groups)
     return None
 
 
@@ -121,6 +168,7 @@ def _make(
     *,
     rank: int | None,
     feature_axis: int = -1,
+    groups: int = 1,
 ) -> Linear | None:
     if not isinstance(x, fx.Node) or x in weights or weight not in weights:
         return None
@@ -131,9 +179,10 @@ def _make(
         return None  # an unbatched convolution has its channels elsewhere
     if bias is not None and not (bias in weights and bias.meta["val"].dim() == 1):
         return None
-    if bias is not None and not same_size(bias.meta["val"].shape[0], shape[out_axis]):
+    features = node.meta["val"].shape[feature_axis]
+    if bias is not None and not same_size(bias.meta["val"].shape[0], features):
         return None
-    return Linear(node, x, weight, bias, out_axis, in_axis, feature_axis)
+    return Linear(node, x, weight, bias, out_axis, in_axis, feature_axis, groups)
 
 
 def linears(program: Program, analyses: Analyses) -> dict[fx.Node, Linear]:

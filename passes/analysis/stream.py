@@ -61,7 +61,8 @@ def readers(node: fx.Node) -> list[fx.Node]:
     """Users of ``node``, with split, chunk and unbind replaced by the parts that are used."""
     found: list[fx.Node] = []
     for user in node.users:
-        found.extend(user.users if user.target in _SPLITS else (user,))
+        parts = user.target in _SPLITS
+        found.extend([part for part in user.users if part.users] if parts else (user,))
     return list(dict.fromkeys(found))
 
 
@@ -321,7 +322,20 @@ def _spatial(node: fx.Node, axis: Axis) -> Carry | None:
     """Linear maps over space with channels on axis 1: resizing, average pooling (batched inputs)."""
     source: Any = node.args[0]
     batched = rank(node) == (3 if "1d" in str(node.target) else 4)
-    return Carry(((source, axis),)) if axis == 1 and batched else None
+    if axis != 1 or not batched:
+        return None
+    return Carry(((source, axis),), _weights_sum_to_one(node))
+
+
+def _weights_sum_to_one(node: fx.Node) -> bool:
+    """Whether a resizing or average pooling keeps constants: no zeros are counted in."""
+    if node.target not in (aten.avg_pool1d.default, aten.avg_pool2d.default):
+        return True
+    padding: Any = _arg(node, 3, "padding", 0)
+    padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    counts_padding = _arg(node, 5, "count_include_pad", True)
+    divisor = _arg(node, 6, "divisor_override")
+    return divisor is None and not (padded and counts_padding)
 
 
 def _zeros(node: fx.Node, axis: Axis) -> Carry | None:

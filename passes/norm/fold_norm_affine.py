@@ -244,6 +244,4 @@ def _strip(program: Program, norm: Norm, tail: Tail, origin: str) -> None:
 
 def _cast(program: Program, value: fx.Node, like: fx.Node, origin: str) -> fx.Node:
     dtype = like.meta["val"].dtype
-    if value.meta["val"].dtype == dtype:
-        return value
-    return program.call(aten.to.dtype, (value, dtype), like=like, origin=origin, before=like.next)
+    return program.cast(value, dtype, like=like, origin=origin, before=like.next)

@@ -90,6 +90,28 @@ def test_factor_made_after_its_producer() -> None:
     check_exact(randomise(Late()), torch.randn(2, 3, 4, 4), applied={NAME: 1}, **ONLY)
 
 
+class PartOfSplit(nn.Module):
+    """One half of the tokens is scaled, the other is not."""
+
+    def __init__(self, both: bool) -> None:
+        super().__init__()
+        self.linear, self.scale, self.both = nn.Linear(4, 6), nn.Parameter(torch.ones(6)), both
+
+    def forward(self, x):
+        first, second = self.linear(x).split(2, dim=0)
+        return (first * self.scale, second) if self.both else first * self.scale
+
+
+def test_one_part_of_a_split() -> None:
+    x = torch.randn(4, 4)
+    check_exact(randomise(PartOfSplit(both=False)), x, applied={NAME: 1}, **ONLY)
+    model = randomise(PartOfSplit(both=True)).eval()
+    with torch.no_grad():
+        result, report = run(model, x, **ONLY)
+        assert all(error(a, b) < 1e-6 for a, b in zip(result, model(x), strict=True))
+    assert refusals(report, NAME) == ["fan-out"]
+
+
 def test_half_precision_rounds_once() -> None:
     model = randomise(Scaled()).bfloat16().eval()
     with torch.no_grad():

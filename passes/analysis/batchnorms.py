@@ -1,0 +1,61 @@
+"""BatchNorms of a program, and the affine map that each is when it reads running statistics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsecc.passes.base import Analyses
+from sparsecc.program import Program, WeightBuilder
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """``γ (x − μ)/√(σ²+ε) + β`` over axis 1 of ``x`` [N, C, ...]; γ and β may be None.
+
+    ``of_the_batch``: μ and σ² are those of the batch (training, or no running statistics are kept).
+    """
+
+    node: fx.Node
+    x: fx.Node
+    weight: fx.Node | None
+    bias: fx.Node | None
+    mean: fx.Node | None
+    variance: fx.Node | None
+    eps: float
+    of_the_batch: bool
+
+    @property
+    def vectors(self) -> list[fx.Node]:
+        """What it reads besides ``x``."""
+        return [v for v in (self.weight, self.bias, self.mean, self.variance) if v is not None]
+
+    def affine(self, build: WeightBuilder) -> tuple[fx.Node, fx.Node]:
+        """(t, h), both [C] and no narrower than fp32, with ``BN(x) = t x + h``; t = γ/√(σ²+ε), h = β − t μ."""
+        assert self.mean is not None
+        assert self.variance is not None
+        variance = build.add(build.wide(self.variance), self.eps)
+        scale = build.call(aten.rsqrt.default, variance)
+        if self.weight is not None:
+            scale = build.mul(scale, build.wide(self.weight))
+        shift = build.mul(build.wide(self.mean), scale)
+        if self.bias is not None:
+            return scale, build.sub(build.wide(self.bias), shift)
+        return scale, build.call(aten.neg.default, shift)
+
+
+def batch_norms(program: Program, analyses: Analyses) -> dict[fx.Node, BatchNorm]:
+    """Every BatchNorm of the program, by node."""
+    del analyses
+    found: dict[fx.Node, BatchNorm] = {}
+    for node in program.calls(aten.batch_norm.default):
+        args: Any = node.args
+        x, weight, bias, mean, variance, training, _, eps = args[:8]
+        missing = mean is None or variance is None
+        found[node] = BatchNorm(node, x, weight, bias, mean, variance, eps, training or missing)
+    return found

@@ -1,0 +1,1 @@
+"""The BatchNorm family: exact rewrites of normalization by running statistics."""

@@ -1,0 +1,99 @@
+"""BatchNorm by running statistics, folded into the linear layer or convolution before it.
+
+Law.   With t = γ/√(σ²+ε):  BN(conv(x, W, b)) = conv(x, diag(t)·W, t⊙(b−μ) + β).
+Source Ioffe & Szegedy, "Batch Normalization" (2015), algorithm 2, step 11 (the layer); algebra (the fold).
+Legal  when BatchNorm reads the running statistics and nothing else reads the convolution's result. The out
+       features of W are axis 0, and of a transposed convolution axis 1 within each group. A sum of
+       convolutions is folded in each summand, a concatenation in each part.
+Exact  in real arithmetic, for every stride, dilation, padding mode and number of groups.
+Pays   a read and a write of the feature map, and one kernel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
+from sparsecc.passes.analysis.producers import UNFOLDABLE, Producers, producers
+from sparsecc.passes.analysis.weights import weight_values
+from sparsecc.passes.base import (
+    RECOMPUTED,
+    Context,
+    Exactness,
+    Example,
+    Match,
+    Pass,
+    Refusal,
+    Saving,
+    nbytes,
+    numel,
+)
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold a BatchNorm into its producer."""
+
+    name: ClassVar[str] = "fold-batchnorm"
+    family: ClassVar[str] = "batchnorm"
+    law: ClassVar[str] = "t = γ/√(σ²+ε):  BN(conv(x, W, b)) = conv(x, diag(t)·W, t⊙(b−μ)+β)"
+    source: ClassVar[str] = "Ioffe & Szegedy 2015, algorithm 2 (the layer); algebra (the fold)"
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    pays: ClassVar[str] = "convolutional networks: one pass over each feature map, one kernel"
+    refusals: ClassVar[dict[str, str]] = {
+        "batch-statistics": "it normalizes by the statistics of the batch",
+        "not-a-weight": "its scale, shift or statistics are computed from the input",
+        "producer": "no linear layer or convolution makes what it normalizes",
+        **UNFOLDABLE,
+        **RECOMPUTED,
+    }
+
+    def find(self, context: Context) -> list[Match]:
+        matches = []
+        for norm in context.analyses.get(batch_norms).values():
+            found = producers(norm.x, 1, norm.node, context, shift=True)
+            matches.append(Match(norm.node, {"norm": norm, "producers": found}))
+        return matches
+
+    def check(self, match: Match, context: Context) -> Refusal | None:
+        norm: BatchNorm = match.nodes["norm"]
+        found: Producers = match.nodes["producers"]
+        weights = context.analyses.get(weight_values)
+        if norm.of_the_batch:
+            return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
+        for value in norm.vectors:
+            if value not in weights:
+                return Refusal.at(value, "not-a-weight", f"{value.name} is not a weight")
+        if found.stop is not None:
+            words = f"{found.stop.name} makes what it normalizes, which is not a linear layer"
+            return Refusal.at(found.stop, "producer", words)
+        return found.refusal(norm.node, context) or context.recomputed(norm.node)
+
+    def rewrite(self, match: Match, context: Context) -> None:
+        program, norm = context.program, match.nodes["norm"]
+        found: Producers = match.nodes["producers"]
+        scale, shift = norm.affine(program.weight(self.name, norm.node))
+        found.fold(program, scale, shift, self.name, "it carries the BatchNorm")
+        dtype = norm.node.meta["val"].dtype
+        value = program.cast(norm.x, dtype, like=norm.node, origin=self.name, before=norm.node)
+        program.replace(norm.node, value)
+
+    def saving(self, match: Match, context: Context) -> Saving:
+        return Saving(2 * nbytes(match.node), 2 * numel(match.node), 1)
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        def before(x: Any, W: Any, b: Any, m: Any, v: Any, g: Any, c: Any, *, eps: float) -> Any:
+            return (x @ W.transpose(0, 1) + b - m) / (v * v + eps) ** 0.5 * g + c
+
+        def after(x: Any, W: Any, b: Any, m: Any, v: Any, g: Any, c: Any, *, eps: float) -> Any:
+            t = g / (v * v + eps) ** 0.5
+            return x @ (W.transpose(0, 1) * t) + (t * (b - m) + c)
+
+        shapes = {"x": ("n", "k"), "W": ("d", "k")}
+        vectors = dict.fromkeys("bmvgc", ("d",))
+        options = {"eps": (1e-12, 1e-5, 1e-2)}
+        return [
+            Example(before, after, {**shapes, **vectors}, ("W", *vectors), options, symbolic=True)
+        ]
