@@ -21,6 +21,7 @@ CANONICAL: dict[str, str] = {
 REWRITES: dict[str, str] = {
     "fold-batchnorm": "sparsecc.passes.batchnorm.fold_batchnorm:FoldBatchNorm",
     "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
+    "merge-branches": "sparsecc.passes.batchnorm.merge_branches:MergeBranches",
     "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",
     "fold-norm-affine": "sparsecc.passes.norm.fold_norm_affine:FoldNormAffine",
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.weights import WeightValues
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program, WeightBuilder
 
@@ -34,6 +35,10 @@ class BatchNorm:
     def vectors(self) -> list[fx.Node]:
         """What it reads besides ``x``."""
         return [v for v in (self.weight, self.bias, self.mean, self.variance) if v is not None]
+
+    def reads_only(self, weights: WeightValues) -> bool:
+        """Whether it is an affine map with weights: running statistics, nothing computed from the input."""
+        return not self.of_the_batch and all(v in weights for v in self.vectors)
 
     def affine(self, build: WeightBuilder) -> tuple[fx.Node, fx.Node]:
         """(t, h), both [C] and no narrower than fp32, with ``BN(x) = t x + h``; t = γ/√(σ²+ε), h = β − t μ."""

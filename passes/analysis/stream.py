@@ -80,7 +80,7 @@ def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
     return node.kwargs.get(name, default)
 
 
-def _is_tensor(value: Any) -> bool:
+def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
 
 
@@ -94,7 +94,7 @@ def _axis_in(operand: fx.Node, result: fx.Node, axis: Axis) -> Axis | None:
 
 def _constant_along(operand: Any, result: fx.Node, axis: Axis) -> bool:
     """Whether a factor or mask is the same for every feature."""
-    if not _is_tensor(operand):
+    if not is_tensor(operand):
         return True
     aligned = axis - (rank(result) - rank(operand))
     return aligned < 0 or (
@@ -107,7 +107,7 @@ def _constant_along(operand: Any, result: fx.Node, axis: Axis) -> bool:
 
 def _same_axis(node: fx.Node, axis: Axis) -> Carry | None:
     source: Any = node.args[0]
-    if not _is_tensor(source) or not node.meta["val"].dtype.is_floating_point:
+    if not is_tensor(source) or not node.meta["val"].dtype.is_floating_point:
         return None
     return Carry(((source, axis),), True)
 
@@ -115,13 +115,13 @@ def _same_axis(node: fx.Node, axis: Axis) -> Carry | None:
 def _scaled(node: fx.Node, axis: Axis) -> Carry | None:
     """A linear unary map that is not the identity on constants (neg)."""
     source = node.args[0]
-    return Carry(((source, axis),)) if _is_tensor(source) else None  # type: ignore[arg-type]
+    return Carry(((source, axis),)) if is_tensor(source) else None  # type: ignore[arg-type]
 
 
 def _sum(node: fx.Node, axis: Axis) -> Carry | None:
     operands = []
     for source in node.args[:2]:
-        if not _is_tensor(source):
+        if not is_tensor(source):
             return None  # x + 3: the constant is not a stream
         aligned = _axis_in(source, node, axis)  # type: ignore[arg-type]
         if aligned is None:
@@ -135,7 +135,7 @@ def _product(node: fx.Node, axis: Axis) -> Carry | None:
     a, b = node.args[:2]
     pairs = ((a, b),) if node.target in _DIVISIONS else ((a, b), (b, a))
     for stream, factor in pairs:
-        if _is_tensor(stream) and _constant_along(factor, node, axis):
+        if is_tensor(stream) and _constant_along(factor, node, axis):
             aligned = _axis_in(stream, node, axis)  # type: ignore[arg-type]
             if aligned is not None:
                 return Carry(((stream, aligned),))  # type: ignore[arg-type]
@@ -285,7 +285,7 @@ def _where(node: fx.Node, axis: Axis) -> Carry | None:
         return None
     operands = []
     for source in (a, b):
-        aligned = _axis_in(source, node, axis) if _is_tensor(source) else None  # type: ignore[arg-type]
+        aligned = _axis_in(source, node, axis) if is_tensor(source) else None  # type: ignore[arg-type]
         if aligned is None:
             return None
         operands.append((source, aligned))

@@ -7,12 +7,14 @@ fp64 is the reference, computed by the program's own lines. The rewritten progra
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+import sympy
 import torch
 from fuzz.case import Case
 from fuzz.observe import Seen, modes, nearby, observe, relative, same, sane, truth, wide
@@ -127,7 +129,7 @@ def _on_graph(
         program, before, guards = captured.copy(), _fingerprint(gm), _guards(gm)
         inputs = arguments(list(tensors.values()))
         pipeline.run(program, options, record)
-        added = _guards(gm)[len(guards) :]
+        added = [g for g in _guards(gm)[len(guards) :] if excludes(g, guards)]
         compiled = driver._compile(program, inputs, options, None, record, ())
     except CaptureError as error:
         outcome.notes[f"capture: {str(error).split(' (')[0]}"] += 1
@@ -281,13 +283,25 @@ def _fingerprint(gm: fx.GraphModule) -> list[Any]:
     ]
 
 
-def _guards(gm: fx.GraphModule) -> list[str]:
+def _guards(gm: fx.GraphModule) -> list[Any]:
+    """What Dynamo's sizes are tied to so far, as SymPy expressions."""
     for node in gm.graph.find_nodes(op="placeholder"):
         value = node.meta["example_value"]
         if isinstance(value, torch.Tensor):
             environment = value.fake_mode.shape_env
-            return [str(g.expr) for g in environment.guards]
+            return [g.expr for g in environment.guards]
     return []
+
+
+def excludes(guard: Any, guards: Sequence[Any], sizes: range = range(2, 9)) -> bool:
+    """Whether ``guard`` fails for sizes that ``guards`` let through: for them it is compiled again."""
+    known = [g for g in guards if g.free_symbols & guard.free_symbols]
+    symbols = sorted(guard.free_symbols.union(*(g.free_symbols for g in known)), key=str)
+    for values in itertools.product(sizes, repeat=len(symbols)):
+        chosen = {s: sympy.Integer(v) for s, v in zip(symbols, values, strict=True)}
+        if guard.subs(chosen) != sympy.true and all(g.subs(chosen) == sympy.true for g in known):
+            return True
+    return False
 
 
 def _count(report: sparsecc.Report, outcome: Outcome) -> None:

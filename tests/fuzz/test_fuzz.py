@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from fuzz.case import Case, T
-from fuzz.check import Outcome, Wrong, blame, check, compile_only
+from fuzz.check import Outcome, Wrong, blame, check, compile_only, excludes
 from fuzz.reduce import reduced
 from fuzz.run import Tally, chunk, reproducer
 from hypothesis.internal.conjecture import providers
@@ -72,6 +73,15 @@ def test_a_seed_is_the_same_programs_at_every_run(monkeypatch: pytest.MonkeyPatc
         chunk(3, 40, judge=judge)
     assert drawn[0] == drawn[1]
     assert not asked
+
+
+def test_a_guard_counts_where_it_shuts_sizes_out() -> None:
+    n, m = sympy.symbols("n m", positive=True, integer=True)
+    half = sympy.floor(n / 2)
+    assert not excludes(half > 1, [sympy.Ne(half, 1)])
+    assert excludes(half > 1, [n > 2])
+    assert excludes(sympy.Eq(n, m), [n > 2])
+    assert not excludes(sympy.Ne(n, 1), [])
 
 
 # ---- the fuzzer itself -------------------------------------------------------------------------------
