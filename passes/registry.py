@@ -20,6 +20,7 @@ CANONICAL: dict[str, str] = {
 
 REWRITES: dict[str, str] = {
     "fold-batchnorm": "sparsecc.passes.batchnorm.fold_batchnorm:FoldBatchNorm",
+    "push-batchnorm": "sparsecc.passes.batchnorm.push_batchnorm:PushBatchNorm",
     "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
     "merge-branches": "sparsecc.passes.batchnorm.merge_branches:MergeBranches",
     "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",

@@ -12,7 +12,8 @@ from torch import nn
 
 import sparsecc
 from sparsecc.inspection import verify
-from sparsecc.passes.norm import fold_norm_affine, layernorm_to_rmsnorm
+from sparsecc.passes.analysis.linear import Linear
+from sparsecc.passes.norm import layernorm_to_rmsnorm
 from sparsecc.proof import compare
 
 
@@ -39,12 +40,12 @@ def test_a_sound_rewrite_passes_every_stage() -> None:
 
 
 def test_wrong_fold_is_caught_and_placed(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fold_norm_affine._fold_into
+    real = Linear.absorb
 
-    def wrong(program, linear, scale, shift, origin):  # γ is lost
-        real(program, linear, None, shift, origin)
+    def wrong(linear, program, scale, shift, origin):  # γ is lost
+        real(linear, program, None, shift, origin)
 
-    monkeypatch.setattr(fold_norm_affine, "_fold_into", wrong)
+    monkeypatch.setattr(Linear, "absorb", wrong)
     report = failing(model(), ids())
     failed = next(v for v in report.verdicts if not v.passed)
     assert failed.stage == "fold-norm-affine"
@@ -55,12 +56,12 @@ def test_wrong_fold_is_caught_and_placed(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_dropped_bias_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fold_norm_affine._fold_into
+    real = Linear.absorb
 
-    def wrong(program, linear, scale, shift, origin):  # W c is forgotten
-        real(program, linear, scale, None, origin)
+    def wrong(linear, program, scale, shift, origin):  # W c is forgotten
+        real(linear, program, scale, None, origin)
 
-    monkeypatch.setattr(fold_norm_affine, "_fold_into", wrong)
+    monkeypatch.setattr(Linear, "absorb", wrong)
     failed = next(v for v in failing(model(), ids()).verdicts if not v.passed)
     assert failed.stage == "fold-norm-affine"
 
@@ -103,11 +104,11 @@ def test_fault_in_what_really_runs_is_caught(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_backend_raises_at_the_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = fold_norm_affine._fold_into
+    real = Linear.absorb
     monkeypatch.setattr(
-        fold_norm_affine,
-        "_fold_into",
-        lambda program, linear, scale, shift, origin: real(program, linear, None, shift, origin),
+        Linear,
+        "absorb",
+        lambda linear, program, scale, shift, origin: real(linear, program, None, shift, origin),
     )
     fast = torch.compile(model(), backend="sparsecc", options={"lower": "eager", "verify": "each"})
     with torch.no_grad(), pytest.raises(sparsecc.VerificationError) as caught:

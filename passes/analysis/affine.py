@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.convolutions import taps
 from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.norms import Norm
 from sparsecc.passes.analysis.sizes import same_shape
@@ -94,16 +95,23 @@ def _step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> St
 
 @dataclass
 class Readers:
-    """Who reads a value: linear maps (possibly after reindexing), and the first node that is neither."""
+    """Who reads a value: linear maps (possibly after reindexing), and the first node that is neither.
+
+    ``padded`` are convolutions that pad what they read with zeros: a shift does not reach their border.
+    """
 
     linears: list[Linear] = field(default_factory=list)
+    padded: list[Linear] = field(default_factory=list)
     other: fx.Node | None = None
 
 
 def linear_readers(
-    value: fx.Node, axis: int, linears: dict[fx.Node, Linear], weights: WeightValues
+    value: fx.Node, axis: int, linears: dict[fx.Node, Linear], *, padded: bool = False
 ) -> Readers:
-    """Follow ``value`` through operators that only reindex, to the linear maps that contract its features."""
+    """Follow ``value`` through operators that only reindex, to the linear maps that contract its features.
+
+    Convolutions that pad with zeros are among them only with ``padded``.
+    """
     found = Readers()
     stack = [(value, axis)]
     while stack:
@@ -112,10 +120,14 @@ def linear_readers(
             if is_shape_query(user):
                 continue
             linear = linears.get(user)
-            contracts = at == node.meta["val"].dim() - 1
-            if linear is not None and linear.x is node and not linear.is_conv and contracts:
-                found.linears.append(linear)
-                continue
+            if linear is not None and linear.x is node and _contracts(linear, at):
+                where = taps(linear)
+                if where is None or not where.is_padded:
+                    found.linears.append(linear)
+                    continue
+                if padded:
+                    found.padded.append(linear)
+                    continue
             onward = feature_axis_of_user(user, node, at)
             if onward is not None and onward[1].reindexes and len(onward[1].operands) == 1:
                 stack.append((user, onward[0]))
@@ -123,3 +135,10 @@ def linear_readers(
                 found.other = user
                 return found
     return found
+
+
+def _contracts(linear: Linear, axis: int) -> bool:
+    """Whether it contracts ``axis`` of what it reads, alike at every position."""
+    if linear.is_conv:
+        return axis == 1 and taps(linear) is not None
+    return bool(axis == linear.x.meta["val"].dim() - 1)

@@ -14,7 +14,7 @@ from torch import fx
 from sparsecc.passes.analysis.sizes import same_size
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
-from sparsecc.program import ORIGIN, Program
+from sparsecc.program import ORIGIN, Program, WeightBuilder
 
 aten = torch.ops.aten
 
@@ -58,28 +58,14 @@ class Linear:
         """Whether each output feature reads only some inputs: rows scale, but do not mix."""
         return self.groups != 1
 
-    def scaled_rows(self, program: Program, vector: fx.Node, origin: str) -> fx.Node:
-        """The weight with each output feature times its element of ``vector`` [out], no narrower than fp32."""
-        build = program.weight(origin, self.node)
-        weight = build.wide(self.weight)
-        if not (self.is_transposed and self.is_grouped):
-            return build.mul(weight, self.along(program, vector, self.out_axis, origin))
-        shape = list(self.weight.meta["val"].shape)
-        inputs, outputs, *kernel = shape
-        groups = self.groups
-        split = build.call(
-            aten.reshape.default, weight, [groups, inputs // groups, outputs, *kernel]
-        )
-        spread = build.call(aten.reshape.default, vector, [groups, 1, outputs, *[1] * len(kernel)])
-        return build.call(aten.reshape.default, build.mul(split, spread), shape)
-
     def scale_and_shift(
         self, program: Program, scale: fx.Node, shift: fx.Node | None, origin: str
     ) -> None:
         """Make it ``scale ⊙ y + shift``, both [out] and no narrower than fp32; a bias is made for the shift."""
         build = program.weight(origin, self.node)
         dtype = self.weight.meta["val"].dtype
-        weight = build.as_dtype(self.scaled_rows(program, scale, origin), dtype)
+        wide = build.wide(self.weight)
+        weight = build.as_dtype(self._times(build, wide, scale, self.out_axis), dtype)
         bias = shift
         if self.bias is not None:
             dtype = self.bias.meta["val"].dtype
@@ -89,12 +75,46 @@ class Linear:
             bias = build.as_dtype(bias, dtype)
         self.set_weights(program, origin, weight=weight, bias=bias)
 
-    def along(self, program: Program, vector: fx.Node, axis: int, origin: str) -> fx.Node:
-        """A vector [n] reshaped to broadcast along ``axis`` of the weight."""
-        rank = self.weight.meta["val"].dim()
-        shape = [1] * rank
-        shape[axis] = -1
-        return program.weight(origin, self.node).call(aten.reshape.default, vector, shape)
+    def absorb(
+        self, program: Program, scale: fx.Node | float | None, shift: fx.Node | None, origin: str
+    ) -> None:
+        """Make it read ``scale ⊙ x + shift`` where it reads x (None: no such part; vectors [in]).
+
+        Not for transposed convolutions; with a shift, not for padded ones.
+        """
+        build = program.weight(origin, self.node)
+        dtype = self.weight.meta["val"].dtype
+        wide = build.wide(self.weight)
+        weight: fx.Node | None = None
+        if isinstance(scale, fx.Node):
+            weight = build.as_dtype(self._times(build, wide, scale, self.in_axis), dtype)
+        elif scale is not None:
+            weight = build.as_dtype(build.mul(wide, scale), dtype)
+        bias: fx.Node | None = None
+        if shift is not None:  # W h as a sum, where autocast cannot narrow it
+            axes = [axis for axis in range(wide.meta["val"].dim()) if axis != self.out_axis]
+            bias = build.call(
+                aten.sum.dim_IntList, self._times(build, wide, shift, self.in_axis), axes
+            )
+            if self.bias is not None:
+                bias = build.add(bias, build.wide(self.bias))
+                dtype = self.bias.meta["val"].dtype
+            bias = build.as_dtype(bias, dtype)
+        self.set_weights(program, origin, weight=weight, bias=bias)
+
+    def _times(self, build: WeightBuilder, weight: fx.Node, vector: fx.Node, axis: int) -> fx.Node:
+        """``weight`` with each feature of ``axis`` (the out or the in axis) times its element of ``vector``."""
+        shape = list(weight.meta["val"].shape)
+        ones = [1] * (len(shape) - axis - 1)
+        if not (self.is_grouped and axis == 1):
+            vector = build.call(aten.reshape.default, vector, [*[1] * axis, -1, *ones])
+            return build.mul(weight, vector)
+        # Axis 1 holds the features of one group; which group, axis 0 says.
+        lead, features, *kernel = shape
+        blocks = [self.groups, lead // self.groups, features, *kernel]
+        split = build.call(aten.reshape.default, weight, blocks)
+        vector = build.call(aten.reshape.default, vector, [self.groups, 1, features, *ones])
+        return build.call(aten.reshape.default, build.mul(split, vector), shape)
 
     def set_weights(
         self,

@@ -306,16 +306,18 @@ def _dropout(node: fx.Node, axis: Axis) -> Carry | None:
 
 
 def _pad(node: fx.Node, axis: Axis) -> Carry | None:
-    """Zero padding of other axes: adds zero rows (a shift would be lost, a removed mean is not)."""
+    """Padding of other axes: with zeros (a shift would be lost, a removed mean is not), or with what is there."""
     source: Any = node.args[0]
     pads: Any = node.args[1]
-    value = _arg(node, 3 if node.target is aten.pad.default else 2, "value", 0)
-    mode = _arg(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
+    general = node.target is aten.pad.default
+    mode = _arg(node, 2, "mode", "constant") if general else "constant"
     back = rank(source) - 1 - axis
-    touched = pads[2 * back : 2 * back + 2]
-    if mode != "constant" or value not in (None, 0) or any(p != 0 for p in touched):
+    if any(p != 0 for p in pads[2 * back : 2 * back + 2]):
         return None
-    return Carry(((source, axis),))
+    if mode != "constant":
+        return Carry(((source, axis),), True)
+    value = _arg(node, 3 if general else 2, "value", 0)
+    return Carry(((source, axis),)) if value in (None, 0) else None
 
 
 def _spatial(node: fx.Node, axis: Axis) -> Carry | None:

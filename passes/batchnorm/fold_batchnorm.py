@@ -65,9 +65,8 @@ class FoldBatchNorm(Pass):
         weights = context.analyses.get(weight_values)
         if norm.of_the_batch:
             return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
-        for value in norm.vectors:
-            if value not in weights:
-                return Refusal.at(value, "not-a-weight", f"{value.name} is not a weight")
+        if not norm.reads_only(weights):
+            return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
         if found.stop is not None:
             words = f"{found.stop.name} makes what it normalizes, which is not a linear layer"
             return Refusal.at(found.stop, "producer", words)

@@ -19,7 +19,7 @@ from torch import fx
 
 from sparsecc.errors import OptionsError
 from sparsecc.passes.analysis.affine import Readers, Tail, affine_tail, linear_readers
-from sparsecc.passes.analysis.linear import Linear, linears
+from sparsecc.passes.analysis.linear import linears
 from sparsecc.passes.analysis.norms import Norm, as_norm
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.weights import other_users, weight_values
@@ -85,7 +85,7 @@ class FoldNormAffine(Pass):
             if norm.weight is None and norm.bias is None and not tail.folds:
                 continue
             axis = node.meta["val"].dim() - 1
-            reads = linear_readers(tail.end, axis, maps, weights)
+            reads = linear_readers(tail.end, axis, maps)
             matches.append(Match(node, {"norm": norm, "tail": tail, "readers": reads}))
         return matches
 
@@ -137,7 +137,7 @@ class FoldNormAffine(Pass):
         build = program.weight(self.name, norm.node)
         scale, shift = _affine(build, norm, tail)
         for linear in dict.fromkeys(match.nodes["readers"].linears):
-            _fold_into(program, linear, scale, shift, self.name)
+            linear.absorb(program, scale, shift, self.name)
         _strip(program, norm, tail, self.name)
 
     def saving(self, match: Match, context: Context) -> Saving:
@@ -191,30 +191,6 @@ def _affine(build: WeightBuilder, norm: Norm, tail: Tail) -> tuple[Any, fx.Node 
 def _vector(build: WeightBuilder, node: fx.Node) -> fx.Node:
     wide = build.wide(node)
     return wide if wide.meta["val"].dim() == 1 else build.call(aten.reshape.default, wide, [-1])
-
-
-def _fold_into(
-    program: Program, linear: Linear, scale: Any, shift: fx.Node | None, origin: str
-) -> None:
-    build = program.weight(origin, linear.node)
-    dtype = linear.weight.meta["val"].dtype
-    wide = build.wide(linear.weight)
-    weight: fx.Node | None = None
-    if scale is not None:
-        factor = scale
-        if isinstance(scale, fx.Node):
-            factor = linear.along(program, scale, linear.in_axis, origin)
-        weight = build.as_dtype(build.mul(wide, factor), dtype)
-    bias: fx.Node | None = None
-    if shift is not None:
-        row = linear.along(program, shift, linear.in_axis, origin)
-        bias = build.sum(
-            build.mul(wide, row), linear.in_axis
-        )  # W c, where autocast cannot narrow it
-        if linear.bias is not None:
-            bias = build.add(bias, build.wide(linear.bias))
-        bias = build.as_dtype(bias, dtype if linear.bias is None else linear.bias.meta["val"].dtype)
-    linear.set_weights(program, origin, weight=weight, bias=bias)
 
 
 def _strip(program: Program, norm: Norm, tail: Tail, origin: str) -> None:

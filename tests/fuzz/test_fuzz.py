@@ -20,9 +20,10 @@ from hypothesis.internal.conjecture import providers
 
 from sparsecc.passes import registry
 from sparsecc.passes.analysis import alias, zero_mean
+from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.base import Refusal
 from sparsecc.passes.canonical.inplace import FunctionalizeInplace
-from sparsecc.passes.norm import fold_norm_affine, layernorm_to_rmsnorm
+from sparsecc.passes.norm import layernorm_to_rmsnorm
 from sparsecc.passes.norm.fold_layerscale import FoldLayerScale
 from sparsecc.passes.norm.fold_norm_affine import FoldNormAffine
 from sparsecc.runtime import fresh
@@ -116,11 +117,11 @@ def _without_refusal(owner: type, code: str) -> tuple[Any, str, Callable[..., An
 
 
 def _forgotten_shift() -> tuple[Any, str, Callable[..., Any]]:
-    real = fold_norm_affine._fold_into
+    real = Linear.absorb
     return (
-        fold_norm_affine,
-        "_fold_into",
-        lambda program, linear, scale, shift, origin: real(program, linear, scale, None, origin),
+        Linear,
+        "absorb",
+        lambda linear, program, scale, shift, origin: real(linear, program, scale, None, origin),
     )
 
 
