@@ -306,7 +306,7 @@ def _dropout(node: fx.Node, axis: Axis) -> Carry | None:
 
 
 def _pad(node: fx.Node, axis: Axis) -> Carry | None:
-    """Padding of other axes: with zeros (a shift would be lost, a removed mean is not), or with what is there."""
+    """Padding of other axes with zeros (a shift would be lost, a removed mean is not) or with what is there."""
     source: Any = node.args[0]
     pads: Any = node.args[1]
     general = node.target is aten.pad.default
