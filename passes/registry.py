@@ -19,6 +19,7 @@ CANONICAL: dict[str, str] = {
 }
 
 REWRITES: dict[str, str] = {
+    "fold-repbn": "sparsecc.passes.batchnorm.fold_repbn:FoldRepBN",
     "fold-batchnorm": "sparsecc.passes.batchnorm.fold_batchnorm:FoldBatchNorm",
     "push-batchnorm": "sparsecc.passes.batchnorm.push_batchnorm:PushBatchNorm",
     "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
