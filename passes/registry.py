@@ -26,6 +26,7 @@ REWRITES: dict[str, str] = {
     "merge-branches": "sparsecc.passes.batchnorm.merge_branches:MergeBranches",
     "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",
     "fold-norm-affine": "sparsecc.passes.norm.fold_norm_affine:FoldNormAffine",
+    "push-affine": "sparsecc.passes.norm.push_affine:PushAffine",
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
 }
 

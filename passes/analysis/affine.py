@@ -7,6 +7,7 @@ Scaling's constant are found, in whatever spelling.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +16,12 @@ from torch import fx
 
 from sparsecc.passes.analysis.convolutions import taps
 from sparsecc.passes.analysis.linear import Linear
-from sparsecc.passes.analysis.norms import Norm
+from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.analysis.stream import feature_axis_of_user, readers
-from sparsecc.passes.analysis.weights import WeightValues
-from sparsecc.program import is_shape_query
+from sparsecc.passes.analysis.weights import WeightValues, other_users, weight_values
+from sparsecc.passes.base import Context, Refusal, nbytes
+from sparsecc.program import WeightBuilder, is_shape_query, target_name
 
 aten = torch.ops.aten
 
@@ -28,7 +30,7 @@ _CASTS = (aten.to.dtype, aten._to_copy.default, aten.type_as.default, aten.to.dt
 
 @dataclass
 class Step:
-    """One node of the tail: "mul" or "add" by ``operand`` (a weight node or a number), or "cast"."""
+    """One node of the tail: "mul", "div" or "add" by ``operand`` (a weight node or a number), or "cast"."""
 
     kind: str
     node: fx.Node
@@ -46,14 +48,43 @@ class Tail:
     def folds(self) -> list[Step]:
         return [s for s in self.steps if s.kind != "cast"]
 
+    def affine(
+        self, build: WeightBuilder, scale: fx.Node | None = None, shift: fx.Node | None = None
+    ) -> tuple[fx.Node | float | None, fx.Node | None]:
+        """(a, c) of ``a ⊙ x + c``, what comes first being ``scale ⊙ x + shift``; [d] in fp32 or wider."""
+        a: Any = None if scale is None else vector(build, scale)
+        c = None if shift is None else vector(build, shift)
+        for step in self.folds:
+            operand: Any = step.operand
+            operand = vector(build, operand) if isinstance(operand, fx.Node) else operand
+            if step.kind == "add":
+                c = operand if c is None else build.add(c, operand)
+                continue
+            if step.kind == "div":
+                operand = build.call(aten.reciprocal.default, operand)
+            if a is None:
+                a = operand
+            elif isinstance(a, fx.Node):
+                a = build.mul(a, operand)
+            else:
+                a = build.mul(operand, a) if isinstance(operand, fx.Node) else a * operand
+            c = None if c is None else build.mul(c, operand)
+        return a, c
 
-def affine_tail(norm: Norm, weights: WeightValues) -> Tail:
-    """Follow the only user of each value while it is affine in the features."""
-    tail = Tail(norm.node)
+
+def vector(build: WeightBuilder, node: fx.Node) -> fx.Node:
+    """A weight of shape [d], or of leading ones and [d], as [d] in fp32 or wider."""
+    wide = build.wide(node)
+    return wide if wide.meta["val"].dim() == 1 else build.call(aten.reshape.default, wide, [-1])
+
+
+def affine_tail(value: fx.Node, size: Any, weights: WeightValues) -> Tail:
+    """Follow the only user of each value while it is affine in the last axis, of ``size`` features."""
+    tail = Tail(value)
     kept: list[Step] = []
-    current = norm.node
+    current = value
     while len(current.users) == 1:
-        step = _step(next(iter(current.users)), current, norm.size, weights)
+        step = affine_step(next(iter(current.users)), current, size, weights)
         if step is None:
             break
         kept.append(step)
@@ -63,7 +94,8 @@ def affine_tail(norm: Norm, weights: WeightValues) -> Tail:
     return tail
 
 
-def _step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> Step | None:
+def affine_step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> Step | None:
+    """``user`` as one step after ``value``: a cast, or arithmetic with a weight [size] or a number."""
     if user.op != "call_function" or not isinstance(user.meta.get("val"), torch.Tensor):
         return None
     if user.target in _CASTS and user.args[0] is value:
@@ -88,9 +120,18 @@ def _step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> St
     if isinstance(other, (int, float)) and not isinstance(other, bool):
         # a constant added to every feature is not a weight; leave it alone
         return None if kind == "add" else Step("mul", user, 1 / other if kind == "div" else other)
-    if kind == "div" or other is value or not weights.is_vector(other, size):
+    if other is value or not weights.is_vector(other, size):
         return None
     return Step(kind, user, other)
+
+
+# Why an affine map cannot move into what reads its result; the codes of :meth:`Readers.refusal`.
+UNREADABLE: Mapping[str, str] = {
+    "reader": "something other than a linear layer or convolution over the features reads it",
+    "output": "the model returns it",
+    "tied": "a reader's weight is shared with another node",
+    "region": "an autocast or grad-mode region begins or ends between it and a reader",
+}
 
 
 @dataclass
@@ -103,6 +144,34 @@ class Readers:
     linears: list[Linear] = field(default_factory=list)
     padded: list[Linear] = field(default_factory=list)
     other: fx.Node | None = None
+
+    @property
+    def all(self) -> list[Linear]:
+        return list(dict.fromkeys([*self.linears, *self.padded]))
+
+    def refusal(self, node: fx.Node, context: Context, *, untie: bool = False) -> Refusal | None:
+        """Why what ``node`` does cannot move into them (codes of ``UNREADABLE``); None where it can."""
+        if self.other is not None and self.other.op == "output":
+            return Refusal.at(node, "output", f"the model returns {node.name}")
+        if self.other is not None:
+            words = f"{target_name(self.other)} reads {node.name}, not a linear layer"
+            return Refusal.at(self.other, "reader", words)
+        if not self.all:
+            return Refusal.at(node, "reader", "no linear layer reads it")
+        weights, mode = context.analyses.get(weight_values), context.analyses.get(modes)
+        ours = {linear.node for linear in self.all}
+        for linear in self.all:
+            shared = other_users(linear.weight, linear.node, weights)
+            stranger = next((u for u in shared if u not in ours), None)
+            if stranger is not None and not untie:
+                words = (
+                    f"the weight of {linear.node.name} is also read by {stranger.name}; folding would "
+                    f"keep a second copy of {nbytes(linear.weight) / 2**20:.1f} MiB"
+                )
+                return Refusal.at(linear.node, "tied", words)
+            if mode[linear.node] != mode[node]:
+                return Refusal.at(linear.node, "region", UNREADABLE["region"])
+        return None
 
 
 def linear_readers(

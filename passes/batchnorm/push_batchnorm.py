@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from sparsecc.passes.analysis.affine import Readers, linear_readers
+from sparsecc.passes.analysis.affine import UNREADABLE, Readers, linear_readers
 from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
 from sparsecc.passes.analysis.linear import Linear, linears
-from sparsecc.passes.analysis.regions import modes
-from sparsecc.passes.analysis.weights import other_users, weight_values
+from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
     Context,
@@ -34,7 +33,7 @@ from sparsecc.passes.base import (
     nbytes,
     numel,
 )
-from sparsecc.program import MOVED, target_name
+from sparsecc.program import MOVED
 
 aten = torch.ops.aten
 
@@ -54,12 +53,10 @@ class PushBatchNorm(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "batch-statistics": "it normalizes by the statistics of the batch",
         "not-a-weight": "its scale, shift or statistics are computed from the input",
-        "reader": "something other than a linear layer or convolution over its channels reads it",
+        **UNREADABLE,
         "border": "a convolution pads it with zeros: the shift becomes a map of the result's size, which "
         "costs more than it saves; name the pass to force it (the size must be known)",
-        "tied": "a reader's weight is shared with another node",
         **RECOMPUTED,
-        "region": "an autocast or grad-mode region begins or ends between it and a reader",
     }
 
     def find(self, context: Context) -> list[Match]:
@@ -73,28 +70,14 @@ class PushBatchNorm(Pass):
     def check(self, match: Match, context: Context) -> Refusal | None:
         norm: BatchNorm = match.nodes["norm"]
         reads: Readers = match.nodes["readers"]
-        weights = context.analyses.get(weight_values)
-        mode = context.analyses.get(modes)
         if norm.of_the_batch:
             return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
-        if not norm.reads_only(weights):
+        if not norm.reads_only(context.analyses.get(weight_values)):
             return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
-        if reads.other is not None:
-            words = f"{target_name(reads.other)} reads it, not a layer over its channels"
-            return Refusal.at(reads.other, "reader", words)
         for linear in reads.padded:
             if not context.explicit or not _has_known_size(linear):
                 return Refusal.at(linear.node, "border", self.refusals["border"])
-        everyone = [*reads.linears, *reads.padded]
-        if not everyone:
-            return Refusal.at(norm.node, "reader", "nothing reads it")
-        for linear in everyone:
-            if other_users(linear.weight, linear.node, weights):
-                words = f"the weight of {linear.node.name} is shared"
-                return Refusal.at(linear.node, "tied", words)
-            if mode[linear.node] != mode[norm.node]:
-                return Refusal.at(linear.node, "region", self.refusals["region"])
-        return context.recomputed(norm.node)
+        return reads.refusal(norm.node, context) or context.recomputed(norm.node)
 
     def rewrite(self, match: Match, context: Context) -> None:
         program, norm = context.program, match.nodes["norm"]

@@ -18,11 +18,11 @@ import torch
 from torch import fx
 
 from sparsecc.errors import OptionsError
-from sparsecc.passes.analysis.affine import Readers, Tail, affine_tail, linear_readers
+from sparsecc.passes.analysis.affine import UNREADABLE, Readers, Tail, affine_tail, linear_readers
 from sparsecc.passes.analysis.linear import linears
 from sparsecc.passes.analysis.norms import Norm, as_norm
 from sparsecc.passes.analysis.regions import modes
-from sparsecc.passes.analysis.weights import other_users, weight_values
+from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
     Context,
@@ -35,7 +35,7 @@ from sparsecc.passes.base import (
     nbytes,
     numel,
 )
-from sparsecc.program import MOVED, Program, WeightBuilder, target_name
+from sparsecc.program import MOVED, Program
 
 aten = torch.ops.aten
 
@@ -60,12 +60,10 @@ class FoldNormAffine(Pass):
         "norms whose weights are not fused away; a precondition of quantization folds"
     )
     refusals: ClassVar[dict[str, str]] = {
-        "reader": "something other than a linear layer over the normalized axis reads the norm",
-        "output": "the model returns the normalized value",
-        "not-a-weight": "the norm's scale or shift is not a weight, or the program writes it",
+        **UNREADABLE,
         "tied": "a reader's weight is shared with another node (pass option untie=True folds a copy)",
+        "not-a-weight": "the norm's scale or shift is not a weight, or the program writes it",
         **RECOMPUTED,
-        "region": "an autocast or grad-mode region begins or ends between the norm and a reader",
     }
 
     def __post_init__(self) -> None:
@@ -81,7 +79,7 @@ class FoldNormAffine(Pass):
             norm = as_norm(node)
             if norm is None:
                 continue
-            tail = affine_tail(norm, weights)
+            tail = affine_tail(norm.node, norm.size, weights)
             if norm.weight is None and norm.bias is None and not tail.folds:
                 continue
             axis = node.meta["val"].dim() - 1
@@ -92,41 +90,20 @@ class FoldNormAffine(Pass):
     def check(self, match: Match, context: Context) -> Refusal | None:
         norm: Norm = match.nodes["norm"]
         reads: Readers = match.nodes["readers"]
+        refusal = reads.refusal(match.node, context, untie=self.untie)
+        if refusal is not None:
+            return refusal
         weights = context.analyses.get(weight_values)
-        if reads.other is not None:
-            if reads.other.op == "output":
-                return Refusal.at(match.node, "output", "the model returns the normalized value")
-            return Refusal.at(
-                reads.other,
-                "reader",
-                f"{target_name(reads.other)} reads the norm, not a linear layer",
-            )
-        if not reads.linears:
-            return Refusal.at(match.node, "reader", "no linear layer reads the norm")
         for vector in (norm.weight, norm.bias):
             if vector is not None and not weights.is_vector(vector, norm.size):
                 return Refusal.at(
                     vector, "not-a-weight", f"{vector.name} is not a weight of shape [{norm.size}]"
-                )
-        for linear in reads.linears:
-            shared = other_users(linear.weight, linear.node, weights)
-            strangers = [u for u in shared if all(u is not r.node for r in reads.linears)]
-            if strangers and not self.untie:
-                size = nbytes(linear.weight) / 2**20
-                return Refusal.at(
-                    linear.node,
-                    "tied",
-                    f"the weight of {linear.node.name} is also read by {strangers[0].name}; folding would "
-                    f"keep a second copy of {size:.1f} MiB",
                 )
         mode = context.analyses.get(modes)
         tail: Tail = match.nodes["tail"]
         for step in tail.steps:  # a factor under no_grad detaches
             if mode[step.node][0] != mode[match.node][0]:
                 return Refusal.at(step.node, "region", self.refusals["region"])
-        for linear in reads.linears:
-            if mode[linear.node] != mode[match.node]:
-                return Refusal.at(linear.node, "region", self.refusals["region"])
         return context.recomputed(match.node)
 
     def rewrite(self, match: Match, context: Context) -> None:
@@ -135,7 +112,7 @@ class FoldNormAffine(Pass):
         assert norm is not None
         tail: Tail = match.nodes["tail"]
         build = program.weight(self.name, norm.node)
-        scale, shift = _affine(build, norm, tail)
+        scale, shift = tail.affine(build, norm.weight, norm.bias)
         for linear in dict.fromkeys(match.nodes["readers"].linears):
             linear.absorb(program, scale, shift, self.name)
         _strip(program, norm, tail, self.name)
@@ -165,32 +142,6 @@ class FoldNormAffine(Pass):
             "c": ("d",),
         }
         return [Example(before, after, shapes, ("W", "b", "V", "g", "c"), symbolic=True)]
-
-
-def _affine(build: WeightBuilder, norm: Norm, tail: Tail) -> tuple[Any, fx.Node | None]:
-    """(a, c): a is a weight node or a number, c a weight node or None; both [d], in fp32 or wider."""
-    scale: Any = None if norm.weight is None else _vector(build, norm.weight)
-    shift: fx.Node | None = None if norm.bias is None else _vector(build, norm.bias)
-    for step in tail.folds:
-        operand = (
-            _vector(build, step.operand) if isinstance(step.operand, fx.Node) else step.operand
-        )
-        if step.kind == "add":
-            shift = operand if shift is None else build.add(shift, operand)
-            continue
-        if scale is None:
-            scale = operand
-        elif isinstance(scale, fx.Node):
-            scale = build.mul(scale, operand)
-        else:
-            scale = build.mul(operand, scale) if isinstance(operand, fx.Node) else scale * operand
-        shift = None if shift is None else build.mul(shift, operand)
-    return scale, shift
-
-
-def _vector(build: WeightBuilder, node: fx.Node) -> fx.Node:
-    wide = build.wide(node)
-    return wide if wide.meta["val"].dim() == 1 else build.call(aten.reshape.default, wide, [-1])
 
 
 def _strip(program: Program, norm: Norm, tail: Tail, origin: str) -> None:

@@ -178,7 +178,7 @@ class Turned(nn.Sequential):
 
 REFUSED = {
     Also: "reader",
-    Returned: "reader",
+    Returned: "output",
     Shared: "tied",
     Region: "region",
     Computed: "not-a-weight",
