@@ -19,6 +19,10 @@ from hypothesis import strategies as st
 
 from sparsecc.passes import registry
 
+# Exact in training too, but γ's gradient is a difference of two there whose rounding grows with |μ|/σ: 2.7
+# times eager's was seen. They run in training only when named; their tests compare gradients in fp64.
+NOT_IN_TRAINING = ("fold-batchnorm", "push-batchnorm")
+
 
 @st.composite
 def cases(draw: st.DrawFn, through_dynamo: int = 20) -> tuple[Case, ...]:
@@ -71,7 +75,8 @@ def compiled(build: Builder, case: Case, through_dynamo: int) -> Case:
 
 def rewritten(build: Builder, case: Case) -> Case:
     """Which passes run, in which order, and whether the weights change after it."""
-    chosen = [n for n in registry.REWRITES if not build.chance(3)] or list(registry.REWRITES)
+    names = [n for n in registry.REWRITES if not (case.train and n in NOT_IN_TRAINING)]
+    chosen = [n for n in names if not build.chance(3)] or names
     untie: dict[str, Any] = {"untie": True} if build.chance(2) else {}
     passes = {n: untie if n == "fold-norm-affine" else {} for n in chosen}
     order: tuple[str, ...] = ()
