@@ -1,4 +1,4 @@
-"""All benchmarks: ``make bench``, or ``python benchmarks/run.py [speed freshness compile]``.
+"""All benchmarks: ``make bench``, or ``python benchmarks/run.py [speed networks freshness compile]``.
 
 Results go to ``benchmarks/results/DATE-DEVICE.{json,md}`` with versions, spreads and physical limits.
 """
@@ -17,13 +17,19 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 import compile_time
 import freshness
+import networks
 import speed
 import torch
 from limits import limits
 
 from sparsecc.inspection import versions
 
-SUITES = {"speed": speed.run, "freshness": freshness.run, "compile": compile_time.run}
+SUITES = {
+    "speed": speed.run,
+    "networks": networks.run,
+    "freshness": freshness.run,
+    "compile": compile_time.run,
+}
 
 
 def device() -> str:

@@ -52,6 +52,14 @@ def normalized(b: Builder, x: str) -> str:
     return y if b.chance(3) else s.activation(b, y)
 
 
+def progressive(b: Builder, x: str) -> str:
+    """RepBN: BatchNorm and a multiple of its input."""
+    y = batch_norm(b, x)
+    share = b.pick((x, f"{x} * 0.5", f"{b.weight((1,), 'scale')} * {x}"))
+    y = b.line(b.pick((f"{y} + {share}", f"{share} + {y}")))
+    return convolution(b, y, kernel=1) if b.chance(2) else y
+
+
 def before(b: Builder, x: str) -> str:
     """BatchNorm before a convolution, with or without an activation between."""
     y = batch_norm(b, x)
@@ -110,5 +118,5 @@ def shifted(b: Builder, x: str) -> str:
 _LAYERS = (
     *(normalized,) * 5,
     *(branches,) * 3,
-    *(before, before, joined, joined, twice, residual, shifted),
+    *(before, before, joined, joined, progressive, twice, residual, shifted),
 )
