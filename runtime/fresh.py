@@ -34,12 +34,14 @@ class FreshWeights:
         fold: evaluates all weight expressions from the sources.
         freshness: "probe" (identity, address, version, samples), "version" (no samples) or "hash" (every
             element).
+        in_place: write refreshed weights into the memory of the old ones, so that addresses hold still for CUDA
+            graphs. False where they may be views of their sources, or have no strides.
 
     ``folds`` counts evaluations. Safe to call from several threads.
     """
 
-    def __init__(self, fold: Fold, freshness: str = "probe") -> None:
-        self._fold, self._freshness = fold, freshness
+    def __init__(self, fold: Fold, freshness: str = "probe", in_place: bool = True) -> None:
+        self._fold, self._freshness, self._in_place = fold, freshness, in_place
         # One compiled layer may serve every layer of a model; an entry goes when its weights do.
         self._entries: dict[tuple[int, ...], _Entry] = {}
         self._lock = threading.RLock()
@@ -65,7 +67,7 @@ class FreshWeights:
             entry.changed = False
         state = _State(sources, self._freshness)
         folded = self._fold(sources)
-        if entry is not None and _same_layout(entry.folded, folded):
+        if entry is not None and self._in_place and _same_layout(entry.folded, folded):
             with torch.inference_mode(False), torch.no_grad():
                 for old, new in zip(entry.folded, folded, strict=True):
                     old.copy_(new)  # in place: addresses hold still for CUDA graphs

@@ -105,16 +105,110 @@ def without_new_guards(mode: FakeTensorMode, function: Callable[..., Any], *args
 
 
 def inductor(
-    module: fx.GraphModule, inputs: Sequence[Any], mode: str | None, config: dict[str, Any]
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    mode: str | None,
+    config: dict[str, Any],
+    inner: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Inductor's own compile of a graph, as ``backend="inductor"`` would do it."""
-    from torch._inductor import list_mode_options
+    """Inductor's own compile of a graph, as ``backend="inductor"`` would do it.
+
+    ``inner`` compiles the graph that AOTAutograd makes (:func:`compile_inner` unless given). It is called under
+    ``freezing``, which prepares convolutions for packing and keeps AOTAutograd's cache, which would not call
+    it, out of the way. The module must hold no parameters of its own: freezing would take them as constants.
+    """
     from torch._inductor.compile_fx import compile_fx
+
+    patches = inductor_patches(mode, config)
+    if inner is None:
+        compiled: Any = compile_fx(module, list(inputs), config_patches=patches or None)
+    else:
+        patches["freezing"] = True
+        compiled = compile_fx(module, list(inputs), inner_compile=inner, config_patches=patches)
+    return cast("Callable[..., Any]", compiled)
+
+
+def inductor_patches(mode: str | None, config: dict[str, Any]) -> dict[str, Any]:
+    """What ``torch.compile(mode=..., options=...)`` changes of Inductor's configuration."""
+    from torch._inductor import list_mode_options
 
     patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(config)
-    compiled: Any = compile_fx(module, list(inputs), config_patches=patches or None)
-    return cast("Callable[..., Any]", compiled)
+    return patches
+
+
+def packs_weights(patches: dict[str, Any]) -> bool:
+    """Whether Inductor, so configured, would pack constant weights, in ways that inputs can follow.
+
+    Not where it generates its own matrix kernels, which read constants at compile time, nor in C++ wrappers.
+    """
+    from torch._inductor import config
+
+    if not (torch._C._has_mkldnn and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+        return False
+    off = ("freezing", "max_autotune", "max_autotune_gemm", "cpp_wrapper", "fx_wrapper")
+    with config.patch(patches):
+        return bool(
+            config.cpp.weight_prepack
+            and config.layout_optimization
+            and not any(getattr(config, name, False) for name in off)
+        )
+
+
+def compile_inner(gm: fx.GraphModule, inputs: Sequence[Any], opaque: bool, **options: Any) -> Any:
+    """Inductor's compile of AOTAutograd's graph; ``opaque``: some inputs have a layout without strides."""
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    if not opaque:
+        return compile_fx_inner(gm, inputs, **options)
+    with config.patch(size_asserts=False):  # they would ask opaque inputs for their strides
+        return compile_fx_inner(gm, inputs, **options)
+
+
+def packing_patterns(gm: fx.GraphModule) -> None:
+    """Rewrite convolutions (2d, 3d) over ``get_attr`` weights to operators on packed weights."""
+    from torch._inductor.fx_passes import freezing_patterns, mkldnn_fusion
+    from torch._inductor.pattern_matcher import stable_topological_sort
+
+    freezing_patterns.lazy_init()
+    # The later ones pack linear layers, whose lowering takes packed constants alone.
+    freezing_patterns.pass_patterns[0].apply(gm.graph)  # type: ignore[arg-type]
+    mkldnn_fusion._eliminate_duplicate_packed_nodes(gm)
+    stable_topological_sort(gm.graph)
+
+
+# Operators that pack a weight; what they return is opaque: only mkldnn's own operators can read it.
+_PACKERS = "mkldnn::_reorder_"
+
+
+def packs(target: Any) -> bool:
+    """Whether an operator packs a weight into an opaque layout."""
+    name = getattr(getattr(target, "_schema", None), "name", None)
+    if name is None:  # patterns insert packets, which stand for their only overload
+        name = getattr(target, "_qualified_op_name", "")
+    return str(name).startswith(_PACKERS)
+
+
+def position(placeholder: fx.Node) -> int | None:
+    """Which input of the compiled module an input of AOTAutograd's graph is, None where it is a part of one."""
+    from torch._functorch._aot_autograd.descriptors import PlainAOTInput
+
+    found = placeholder.meta.get("desc")
+    return found.idx if type(found) is PlainAOTInput else None
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Mark a compiled function as taking its arguments in one list, which it empties."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+def real_tensors() -> contextlib.AbstractContextManager[Any]:
+    """Inside, operators compute, also in the middle of a trace."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    return cast("contextlib.AbstractContextManager[Any]", _disable_current_modes())
 
 
 def aot_eager(module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
 from sparsecc import _torch, pipeline
@@ -16,12 +17,15 @@ from sparsecc.hoist import Hoisted, hoist
 from sparsecc.instruments import Artifacts, Fuel, Instrument, PrintOnChange, Snapshots
 from sparsecc.log import artifact, log
 from sparsecc.options import Options
+from sparsecc.prepack import Prepack, prepack
 from sparsecc.program import Program, Role
 from sparsecc.proof import FirstCall
 from sparsecc.report.model import GraphReport, Report
 from sparsecc.runtime.fresh import FreshWeights
 
 Compiled = Callable[..., Any]
+
+_NOTHING = torch.empty(0)  # stands for an input that nothing reads
 
 
 def compile_graph(
@@ -50,7 +54,12 @@ def compile_graph(
         if program is None or (applied == 0 and options.floor):
             # Nothing of ours is worth having: the floor is Inductor's own result on Dynamo's graph.
             record.fell_through = record.fell_through or "no rewrite applied"
-            compiled = _lower(gm, example_inputs, options, mode, record)
+            packing = None if program is None else _prepack(program, gm, options, mode)
+            compiled = _lower(gm, example_inputs, options, mode, record, packing)
+            if packing is not None and packing.sources:
+                compiled = _at_each_call(
+                    compiled, range(len(example_inputs)), None, packing, options
+                )
         else:
             compiled = _rewritten(gm, program, example_inputs, options, mode, record, instruments)
     except (*_torch.RESTARTS, *_torch.SPLITS):
@@ -120,31 +129,76 @@ def _compile(
     main.module.recompile()
     for instrument in instruments:
         instrument.stage("lowered", main, True)
-    if hoisted is None:
-        compiled = _lower(main.module, example_inputs, options, mode, record)
-    else:
-        inputs = [example_inputs[i] for i in hoisted.keep]
-        folded = [p.meta["val"] for p in main.placeholders()[len(inputs) :]]
+    keep: Sequence[int] = range(len(example_inputs))
+    folded: list[Any] = []
+    if hoisted is not None:
+        keep = hoisted.keep
+        folded = [p.meta["val"] for p in main.placeholders()[len(keep) :]]
         record.folded = len(folded)
         record.folded_bytes = sum(f.numel() * f.element_size() for f in folded)
-        inner = _lower(main.module, [*inputs, *folded], options, mode, record)
-        compiled = _with_fresh_weights(inner, hoisted, options)
+    packing = _prepack(main, main.module, options, mode, len(folded))
+    inputs = [*(example_inputs[i] for i in keep), *folded]
+    compiled = _lower(main.module, inputs, options, mode, record, packing)
+    if hoisted is not None or (packing is not None and packing.sources):
+        compiled = _at_each_call(compiled, keep, hoisted, packing, options)
     if options.verify == "off":
         return compiled
     snapshots = next(i for i in instruments if isinstance(i, Snapshots))
     return FirstCall(compiled, snapshots.stages, options, record)
 
 
-def _with_fresh_weights(inner: Compiled, hoisted: Hoisted, options: Options) -> Compiled:
-    """Add the folded weights to each call, folding again when a source has changed."""
-    fresh = FreshWeights(hoisted.evaluate, options.freshness)
-    sources, keep, get = hoisted.sources, hoisted.keep, fresh.get
+def _prepack(
+    program: Program, module: fx.GraphModule, options: Options, mode: str | None, folded: int = 0
+) -> Prepack | None:
+    """What may be packed where ``module`` is compiled for ``program`` (itself, or Dynamo's graph of it)."""
+    if not options.prepack or options.lower != "inductor":
+        return None
+    return prepack(program, module, folded, mode, dict(options.inductor))
+
+
+def _at_each_call(
+    inner: Compiled,
+    keep: Sequence[int],
+    hoisted: Hoisted | None,
+    packing: Prepack | None,
+    options: Options,
+) -> Compiled:
+    """Add folded and packed weights to each call; fold and pack again when a source has changed.
+
+    ``inner`` takes the inputs at ``keep`` and the folded weights; ``packing`` counts positions among those.
+    """
+    folding = () if hoisted is None else hoisted.sources
+    packed = () if packing is None else packing.sources
+    plain = len(keep)
+    sources = list(dict.fromkeys([*folding, *(keep[p] for p in packed if p < plain)]))
+
+    def prepare(weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        at = dict(zip(sources, weights, strict=True))
+        folded = [] if hoisted is None else hoisted.evaluate([at[i] for i in folding])
+        if packing is None or not packed:
+            return folded
+        ready = packing.evaluate([at[keep[p]] if p < plain else folded[p - plain] for p in packed])
+        # Of a folded weight that is read in its packed form alone nothing else is kept.
+        unread = packing.unread
+        dense = [_NOTHING if plain + i in unread else f for i, f in enumerate(folded)]
+        return [*dense, *ready]
+
+    # Packed weights may be views of their sources, which a refresh in place would write.
+    fresh = FreshWeights(prepare, options.freshness, in_place=not packed)
+    get = fresh.get
 
     def call(*args: Any) -> Any:
         return inner(*[args[i] for i in keep], *get([args[i] for i in sources]))
 
-    call.fresh_weights = fresh  # type: ignore[attr-defined]
-    return call
+    def call_packed(*args: Any) -> Any:
+        values = get([args[i] for i in sources])
+        packing.hand_over(values[folds:])  # type: ignore[union-attr]
+        return inner(*[args[i] for i in keep], *values[:folds])
+
+    folds = 0 if hoisted is None else len(hoisted.main.placeholders()) - plain
+    result = call_packed if packed else call
+    result.fresh_weights = fresh  # type: ignore[attr-defined]
+    return result
 
 
 def _lower(
@@ -153,12 +207,23 @@ def _lower(
     options: Options,
     mode: str | None,
     record: GraphReport,
+    packing: Prepack | None = None,
 ) -> Compiled:
     with _timed(record, options.lower):
         if options.lower == "eager":
             return module.forward
         if options.lower == "aot_eager":
             return _torch.aot_eager(module, inputs)
+        if packing is not None:
+            try:
+                return _torch.inductor(module, inputs, mode, dict(options.inductor), packing.inner)
+            except (*_torch.RESTARTS, *_torch.SPLITS):
+                raise
+            except Exception as error:
+                if options.strict:
+                    raise
+                packing.give_up()
+                log.info("graph %d: weights are not packed: %s", record.index, first_line(error))
         try:
             return _torch.inductor(module, inputs, mode, dict(options.inductor))
         except _torch.RESTARTS:

@@ -38,6 +38,8 @@ class Options:
             generation) or "eager".
         freshness: how changed weights are noticed at each call: "probe" (identity, address, version and a
             sampled content check), "version" (without the samples), "hash" (all contents, slow).
+        prepack: in inference on CPU, keep weights in the layouts of the CPU's kernels (a copy of convolution and
+            linear weights, refreshed when they change).
         floor: hand Inductor Dynamo's own graph where no rewrite applies. False compiles the captured program
             there too, so that tests of capture cannot pass by doing nothing.
         fuel: apply at most this many rewrites (for bisection).
@@ -57,6 +59,7 @@ class Options:
     codegen: str = "auto"
     lower: str = "inductor"
     freshness: str = "probe"
+    prepack: bool = True
     floor: bool = True
     fuel: int | None = None
     dump: str | None = None
@@ -206,6 +209,7 @@ _PARSERS: dict[str, Any] = {
     "disable": _pass_names,
     "require": _require,
     "strict": _flag,
+    "prepack": _flag,
     "floor": _flag,
     "fuel": _count,
     "report": _report,
