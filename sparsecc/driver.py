@@ -184,7 +184,7 @@ def _at_each_call(
         return [*dense, *ready]
 
     # Packed weights may be views of their sources, which a refresh in place would write.
-    fresh = FreshWeights(prepare, options.freshness, in_place=not packed)
+    fresh = FreshWeights(prepare, options.freshness, not packed)
     get = fresh.get
 
     def call(*args: Any) -> Any:
@@ -216,7 +216,10 @@ def _lower(
             return _torch.aot_eager(module, inputs)
         if packing is not None:
             try:
-                return _torch.inductor(module, inputs, mode, dict(options.inductor), packing.inner)
+                config = dict(options.inductor)
+                compiled = _torch.inductor(module, inputs, mode, config, packing.inner)
+                record.packed = packing.count
+                return compiled
             except (*_torch.RESTARTS, *_torch.SPLITS):
                 raise
             except Exception as error:

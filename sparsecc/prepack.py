@@ -43,6 +43,7 @@ class Prepack:
 
     Attributes:
         sources: positions of the weights that are packed; empty until :meth:`inner` has found some.
+        count: how many values the compiled graph reads that :meth:`evaluate` makes.
         unread: positions of the inputs that the compiled graph does not read itself.
 
     :meth:`inner` compiles the graph; :meth:`evaluate` packs, and :meth:`hand_over` comes before each call.
@@ -54,6 +55,7 @@ class Prepack:
         self._handed = threading.local()
         self.sources: tuple[int, ...] = ()
         self.unread: frozenset[int] = frozenset()
+        self.count = 0
 
     def inner(self, gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
         """Compile AOTAutograd's inference graph, as Inductor's ``compile_fx_inner`` would, on packed weights.
@@ -70,6 +72,7 @@ class Prepack:
         _torch.packing_patterns(gm)
         split.move()
         packed = split.finish()
+        self.count = len(packed)
         self._graph = fx.GraphModule({}, split.graph)
         self.sources = tuple(p for n in split.sources() if (p := position[n]) is not None)
         left = set(gm.graph.find_nodes(op="placeholder"))
@@ -147,7 +150,7 @@ def _packable(placeholder: fx.Node) -> bool:
         isinstance(value, torch.Tensor)
         and value.device.type == "cpu"
         and value.layout is torch.strided
-        and value.is_floating_point()
+        and value.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(isinstance(s, int) for s in (*value.shape, *value.stride()))
         and not any(_writes(user) for user in placeholder.users)
     )

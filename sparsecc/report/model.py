@@ -101,6 +101,7 @@ class GraphReport:
     fell_through: str = ""  # why the graph went to Inductor untouched ("" when it was rewritten)
     folded: int = 0
     folded_bytes: int = 0
+    packed: int = 0  # weights in a layout of the CPU's kernels
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, PassReport] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)

@@ -134,6 +134,8 @@ def _graph(graph: GraphReport) -> Markup:
     if graph.folded:
         size = words.in_bytes(graph.folded_bytes)
         facts.append(f"{words.plural(graph.folded, 'folded weight')}, {size}")
+    if graph.packed:
+        facts.append(words.plural(graph.packed, "packed weight"))
     parts = [
         tag("h3", f"Graph {graph.index}"),
         tag("p", " · ".join(facts), class_="soft"),

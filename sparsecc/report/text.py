@@ -129,6 +129,8 @@ def _graph(graph: GraphReport) -> RenderableType:
     if graph.folded:
         folded = words.plural(graph.folded, "folded weight")
         facts.append(f"{folded} ({words.in_bytes(graph.folded_bytes)})")
+    if graph.packed:
+        facts.append(words.plural(graph.packed, "packed weight"))
     if graph.seconds:
         spent = words.stage_seconds(graph)
         times = ", ".join(f"{k} {words.in_seconds(v)}" for k, v in spent.items())
