@@ -144,7 +144,8 @@ def packs_weights(patches: dict[str, Any]) -> bool:
     """
     from torch._inductor import config
 
-    if not (torch._C._has_mkldnn and torch.backends.mkldnn.enabled):  # type: ignore[attr-defined]
+    mkldnn: Any = torch.backends.mkldnn
+    if not (mkldnn.is_available() and mkldnn.enabled):
         return False
     off = ("freezing", "max_autotune", "max_autotune_gemm", "cpp_wrapper", "fx_wrapper")
     with config.patch(patches):
@@ -173,7 +174,7 @@ def packing_patterns(gm: fx.GraphModule) -> None:
 
     freezing_patterns.lazy_init()
     # The later ones pack linear layers, whose lowering takes packed constants alone.
-    freezing_patterns.pass_patterns[0].apply(gm.graph)  # type: ignore[arg-type]
+    freezing_patterns.pass_patterns[0].apply(gm.graph)
     mkldnn_fusion._eliminate_duplicate_packed_nodes(gm)
     stable_topological_sort(gm.graph)
 

@@ -1,9 +1,9 @@
 """Weights in the layouts of the CPU's kernels, made ahead of the calls, and still fresh.
 
-Inductor packs weights for oneDNN, and lets a convolution's kernel do what follows it, under ``freezing``,
-where weights are constants and its results go stale when they change. Here the same patterns run over stand-ins:
-what depends on weights alone becomes a graph of its own, whose results are inputs of the compiled one, and which
-is evaluated again when a weight has changed.
+Inductor packs weights for oneDNN, and lets a convolution's kernel do what follows it, under ``freezing``: there
+weights are constants, and its results go stale when they change. Here the same patterns run over stand-ins.
+What depends on weights alone becomes a graph of its own, whose results are inputs of the compiled one, and
+which is evaluated again when a weight has changed.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import torch
 from torch import fx
 
 from sparsecc import _torch
+from sparsecc.passes.analysis.batchnorms import batch_norms
 from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program, Role, no_autocast
 from sparsecc.split import Split, is_packed
-
 
 aten = torch.ops.aten
 
@@ -67,7 +67,8 @@ class Prepack:
             raise RuntimeError("one packing serves one graph")
         placeholders = list(gm.graph.find_nodes(op="placeholder"))
         position = {node: _torch.position(node) for node in placeholders}
-        split = Split(gm, [n for n in placeholders if position[n] in self._weights and _packable(n)])
+        weights = [n for n in placeholders if position[n] in self._weights and _packable(n)]
+        split = Split(gm, weights)
         split.move()
         _torch.packing_patterns(gm)
         split.move()
@@ -89,10 +90,17 @@ class Prepack:
         taken = [*(inputs[i] for i in kept), *(node.meta["val"] for node in packed)]
         opaque = any(is_packed(value) for value in split.graph.output_node().all_input_nodes)
         compiled = _torch.compile_inner(gm, taken, opaque, **options)
-        if not packed:
-            return _torch.boxed(lambda args: compiled(_picked(args, kept)))
         handed = self._handed
-        return _torch.boxed(lambda args: compiled([*_picked(args, kept), *handed.packed]))
+
+        def call(args: list[Any]) -> Any:
+            values = [args[i] for i in kept]
+            args.clear()  # the caller's, so that memory is free as soon as it can be
+            if packed:
+                values += handed.weights
+                handed.weights = ()
+            return compiled(values)
+
+        return _torch.boxed(call)
 
     def give_up(self) -> None:
         """The graph was compiled in another way: nothing is packed."""
@@ -107,7 +115,7 @@ class Prepack:
 
     def hand_over(self, packed: Sequence[torch.Tensor]) -> None:
         """What this thread's next call reads: AOTAutograd passes on no other inputs than its own."""
-        self._handed.packed = packed
+        self._handed.weights = packed
 
 
 def prepack(
@@ -119,26 +127,35 @@ def prepack(
 ) -> Prepack | None:
     """What may be packed of the weights of a program that Inductor is to compile, in ``module``; or None.
 
-    Weights of convolutions: parameters, and the last ``folded`` inputs. Other buffers may change at every call.
+    On CPU, weights of convolutions: parameters, and the last ``folded`` inputs. Other buffers may change at
+    every call, but for running variances that no pass folded: a reciprocal square root of each is kept.
     """
     if program.recomputes or torch.is_grad_enabled() or _owns_weights(module):
         return None
+    tensors = [v for n in program.placeholders() if isinstance(v := n.meta["val"], torch.Tensor)]
+    if any(t.device.type != "cpu" for t in tensors):
+        return None
     if not _torch.packs_weights(_torch.inductor_patches(mode, config)):
         return None
-    values = Analyses(program).get(weight_values)
+    analyses = Analyses(program)
+    sources = analyses.get(weight_values).sources
     inputs = program.placeholders()
     may = {n for n in inputs if program.slots[n.name].role is Role.PARAMETER}
     may.update(inputs[len(inputs) - folded :])
     read: set[fx.Node] = set()
     for node in program.graph.nodes:
         if node.target in _CONVOLUTIONS:
-            read |= values.sources.get(node.args[1], frozenset())
-    weights = [i for i, node in enumerate(inputs) if node in may & read]
-    return Prepack(weights) if weights else None
+            read |= sources.get(node.args[1], frozenset()) & may
+    if not read:
+        return None
+    for norm in analyses.get(batch_norms).values():
+        if not norm.of_the_batch and norm.variance is not None:
+            read |= sources.get(norm.variance, frozenset())
+    return Prepack([i for i, node in enumerate(inputs) if node in read])
 
 
 def _owns_weights(module: fx.GraphModule) -> bool:
-    """Whether a graph holds tensors other than the constants of a trace: Inductor would freeze them for good."""
+    """Whether a graph holds tensors other than a trace's constants: Inductor would freeze them for good."""
     if any(True for _ in module.parameters()):
         return True
     return any(not name.startswith("_constant_") for name, _ in module.named_buffers())
@@ -159,10 +176,3 @@ def _packable(placeholder: fx.Node) -> bool:
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
-
-
-def _picked(args: list[Any], positions: Sequence[int]) -> list[Any]:
-    """Some of the arguments; the list itself is emptied, so that memory is free as soon as it can be."""
-    picked = [args[i] for i in positions]
-    args.clear()
-    return picked

@@ -12,14 +12,15 @@ from torch import fx
 from sparsecc import _torch
 from sparsecc.passes.base import nbytes
 
-_UNSEEN = torch.empty(0)  # what an attribute holds whose value the graph does not know: lint wants one
+# What an attribute holds whose value the graph does not know: lint wants some tensor.
+_UNSEEN = torch.empty(0)
 
 
 class Split:
     """Moves values that depend on weights alone out of ``gm`` into ``graph``.
 
-    In ``gm``, ``get_attr`` nodes stand for the moved values, as Inductor's patterns want constants. Its order of
-    use: ``move`` as often as something new may be movable, then ``finish``.
+    In ``gm``, ``get_attr`` nodes stand for the moved values, as Inductor's patterns want constants. Call
+    ``move`` as often as something new may be movable, then ``finish``.
     """
 
     def __init__(self, gm: fx.GraphModule, weights: Iterable[fx.Node]) -> None:
@@ -50,9 +51,9 @@ class Split:
         copies = {n: self.values[str(n.target)] for n in self._stand_ins()}
         constant = dict.fromkeys(copies)
         for node in self.gm.graph.nodes:
-            if node.all_input_nodes and _is_pure(node):
-                if all(a in constant for a in node.all_input_nodes):
-                    constant[node] = None
+            inputs = node.all_input_nodes
+            if inputs and all(a in constant for a in inputs) and _is_pure(node):
+                constant[node] = None
         bound = _given_away(self.gm.graph, constant)
         frontier = [
             n
@@ -165,10 +166,11 @@ def _given_away(graph: fx.Graph, constant: Collection[fx.Node]) -> set[fx.Node]:
     stack = list(graph.output_node().all_input_nodes)
     while stack:
         node = stack.pop()
-        if node not in found and node.op == "call_function":
-            if node in constant or _is_view(node):
-                found.add(node)
-                stack.extend(node.all_input_nodes)
+        if node in found or node.op != "call_function":
+            continue
+        if node in constant or _is_view(node):
+            found.add(node)
+            stack.extend(node.all_input_nodes)
     return found
 
 

@@ -231,6 +231,116 @@ def test_inductor_validates_its_options() -> None:
         compile_with(backend, torch.sin, torch.zeros(2))
 
 
+def conv_graph(seen: Callable[[fx.GraphModule, list[Any], dict[str, Any]], None]) -> torch.Tensor:
+    """Compile a convolution through ``_torch.inductor`` with an inner compiler that reports what it gets."""
+    model = nn.Conv2d(3, 4, 3).eval()
+
+    def inner(gm: fx.GraphModule, inputs: list[Any], **options: Any) -> Any:
+        seen(gm, inputs, options)
+        return _torch.compile_inner(gm, inputs, False, **options)
+
+    def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
+        return _torch.inductor(gm, inputs, None, {}, inner)
+
+    x = torch.randn(1, 3, 8, 8)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        result = torch.compile(model, backend=backend)(x)
+        assert torch.allclose(result, model(x), atol=1e-5)
+    return result
+
+
+def test_inner_compiler_and_positions() -> None:
+    """It gets AOTAutograd's graph, in inference, with inputs that say where they come from."""
+    calls: list[list[int | None]] = []
+
+    def seen(gm: fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> None:
+        assert torch._inductor.config.freezing
+        assert options["is_inference"]
+        assert set(options["static_input_idxs"]) <= set(range(len(inputs)))
+        calls.append([_torch.position(n) for n in gm.graph.find_nodes(op="placeholder")])
+
+    conv_graph(seen)
+    assert [sorted(c, key=str) for c in calls] == [[0, 1, 2]]
+    assert not torch._inductor.config.freezing
+
+
+def test_packing_patterns() -> None:
+    """They take weights that are attributes, and put packers before the operators that read packed weights."""
+    targets: list[Any] = []
+
+    def seen(gm: fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> None:
+        gm = fx.GraphModule(gm, gm.graph)
+        conv = next(n for n in gm.graph.nodes if n.target is torch.ops.aten.convolution.default)
+        gm.weight = torch.zeros(4, 3, 3, 3)
+        with gm.graph.inserting_before(conv):
+            weight = gm.graph.get_attr("weight")
+        weight.meta = dict(conv.args[1].meta)
+        copied = gm.graph.node_copy(conv, lambda n: weight if n is conv.args[1] else n)
+        conv.append(copied)
+        conv.replace_all_uses_with(copied, delete_user_cb=lambda n: n is not copied)
+        _torch.packing_patterns(gm)
+        targets.extend(n.target for n in gm.graph.nodes if n.op == "call_function")
+        for node in list(gm.graph.nodes):  # as it was
+            if node.target is torch.ops.mkldnn._convolution_pointwise.default:
+                node.replace_all_uses_with(conv)
+        gm.graph.eliminate_dead_code()
+
+    conv_graph(seen)
+    assert [t for t in targets if _torch.packs(t)]
+    assert torch.ops.mkldnn._convolution_pointwise.default in targets
+
+
+def test_packers() -> None:
+    packer = torch.ops.mkldnn._reorder_convolution_weight
+    assert _torch.packs(packer)
+    assert _torch.packs(packer.default)
+    assert not _torch.packs(torch.ops.aten.clone.default)
+    assert not _torch.packs("output")
+    weight = torch.randn(4, 3, 3, 3)
+    packed = packer(weight, [0, 0], [1, 1], [1, 1], 1, [1, 3, 8, 8])
+    assert packed.layout is not torch.strided
+    assert packed.shape == weight.shape
+    x = torch.randn(1, 3, 8, 8)
+    args: tuple[Any, ...] = (None, [0, 0], [1, 1], [1, 1], 1, "none", [], "")
+    pointwise = torch.ops.mkldnn._convolution_pointwise
+    assert torch.allclose(pointwise(x, packed, *args), pointwise(x, weight, *args), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "patches",
+    [
+        {"freezing": True},
+        {"max_autotune": True},
+        {"cpp_wrapper": True},
+        {"layout_optimization": False},
+        {"cpp.weight_prepack": False},
+    ],
+    ids=str,
+)
+def test_packs_weights(patches: dict[str, Any]) -> None:
+    assert _torch.packs_weights({}) == torch.backends.mkldnn.is_available()
+    assert not _torch.packs_weights(patches)
+
+
+def test_patches_of_a_mode() -> None:
+    assert _torch.inductor_patches(None, {"a": 1}) == {"a": 1}
+    assert _torch.inductor_patches("max-autotune", {})["max_autotune"] is True
+
+
+def test_boxed() -> None:
+    def function(args: list[Any]) -> int:
+        return len(args)
+
+    assert _torch.boxed(function) is function
+    assert function._boxed_call  # type: ignore[attr-defined]
+
+
+def test_real_tensors() -> None:
+    with FakeTensorMode(), _torch.real_tensors():
+        assert float(torch.ones(2).sum()) == 2
+
+
 def test_aot_eager() -> None:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         return _torch.aot_eager(gm, inputs)

@@ -220,6 +220,20 @@ def test_one_graph_serves_several_sets_of_weights() -> None:
             assert error(model(images()), reference(images())) < 1e-5
 
 
+def test_statistics_that_no_pass_folds() -> None:
+    """BatchNorm before a convolution: what is computed of its variance is kept, and follows it."""
+    model = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3))).eval()
+    fast, report = compiled(model)
+    for _ in range(3):
+        check(fast, model, images())
+        model[0].running_var.data.mul_(3)
+        check(fast, model, images())
+        with torch.no_grad():
+            model.train()(images(8, seed=4))
+        model.eval()
+    assert packed(report) == 2
+
+
 def test_tied_weights_at_two_sizes() -> None:
     """One weight, packed once for each size of its input; and a reader that takes it as it is."""
 
@@ -344,7 +358,7 @@ def test_the_model_is_not_touched_and_let_go() -> None:
 
 
 def test_dynamic_batch() -> None:
-    """Inductor packs nothing for unknown sizes, yet fuses; weights lie as its kernels want them, and stay fresh."""
+    """Inductor packs nothing for unknown sizes, but fuses and lays out; and the weights stay fresh."""
     model = build()
     model.up = nn.Identity()
     model.head = randomise(nn.Linear(8, 5))
