@@ -38,8 +38,8 @@ class Options:
             generation) or "eager".
         freshness: how changed weights are noticed at each call: "probe" (identity, address, version and a
             sampled content check), "version" (without the samples), "hash" (all contents, slow).
-        prepack: in inference on CPU, keep the weights of convolutions in the kernels' layouts too (a copy, which
-            is made anew when they change).
+        prepack: in inference on CPU, keep the weights of convolutions in the kernels' layouts too (a copy,
+            made anew when they change).
         floor: hand Inductor Dynamo's own graph where no rewrite applies. False compiles the captured program
             there too, so that tests of capture cannot pass by doing nothing.
         fuel: apply at most this many rewrites (for bisection).

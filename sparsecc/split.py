@@ -113,14 +113,20 @@ class Split:
     def _worth_keeping(self) -> set[fx.Node]:
         values = dict.fromkeys(self.values[str(n.target)] for n in self._stand_ins() if n.users)
         read = {v: _ancestors([v]) & self.weights.keys() for v in values if v not in self.weights}
+        views = {v for v in read if self._views_a_weight(v)}
         kept = {
             v
             for v, weights in read.items()
-            if is_packed(v) or (not _is_view(v) and nbytes(v) <= sum(map(nbytes, weights)))
+            if is_packed(v) or (v not in views and nbytes(v) <= sum(map(nbytes, weights)))
         }
         # A view costs little at each call, but nothing where its weight is watched anyway.
         watched = set().union(*(read[v] for v in kept))
-        return kept | {v for v, weights in read.items() if _is_view(v) and weights <= watched}
+        return kept | {v for v in views if read[v] <= watched}
+
+    def _views_a_weight(self, value: fx.Node) -> bool:
+        while value not in self.weights and _is_view(value):
+            value = value.all_input_nodes[0]
+        return value in self.weights
 
     def _restore(self, value: fx.Node, before: fx.Node, back: dict[fx.Node, fx.Node]) -> None:
         needed = _ancestors([value])

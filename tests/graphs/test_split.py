@@ -1,4 +1,4 @@
-"""A graph cut in two, where what depends on weights alone is a graph of its own: both together compute the same."""
+"""A graph cut in two: what depends on weights alone, and the rest. Together they compute the same."""
 
 from __future__ import annotations
 
