@@ -1,4 +1,4 @@
-"""All benchmarks: ``make bench``, or ``python benchmarks/run.py [speed networks freshness compile]``.
+"""All benchmarks: ``make bench``, or ``python benchmarks/run.py [speed networks freshness compile crmsnorm]``.
 
 Results go to ``benchmarks/results/DATE-DEVICE.{json,md}`` with versions, spreads and physical limits.
 """
@@ -16,6 +16,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 import compile_time
+import crmsnorm
 import freshness
 import networks
 import speed
@@ -29,6 +30,7 @@ SUITES = {
     "networks": networks.run,
     "freshness": freshness.run,
     "compile": compile_time.run,
+    "crmsnorm": crmsnorm.run,
 }
 
 

@@ -128,7 +128,8 @@ class Example:
 
     ``before`` and ``after`` take the same tensors. ``inputs`` maps each to a shape over named sizes; those in
     ``weights`` are parameters. ``options`` are keyword arguments with the values to try. ``symbolic`` says
-    that both use arithmetic, ``@``, ``mean``, ``sum`` and ``transpose`` alone, so that SymPy can prove them.
+    that both use arithmetic, ``@``, ``mean``, ``sum``, ``transpose`` and slices alone, so that SymPy can prove
+    them.
     """
 
     before: Callable[..., Any]

@@ -26,7 +26,7 @@ class Options:
     """Every option of the backend.
 
     Attributes:
-        preset: which passes run when ``passes`` is not given ("default": all exact ones; "none").
+        preset: which passes run when ``passes`` is not given ("default": the exact ones that pay; "none").
         passes: names of the passes to run, or a mapping name -> options of that pass. Naming a pass is an
             explicit request: a warning follows when it matched nothing, and its profit is not questioned.
         disable: names of passes to leave out of the preset.

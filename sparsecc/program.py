@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
+from torch.utils._pytree import tree_leaves
 
 from sparsecc._torch import without_new_guards
 
@@ -263,7 +264,7 @@ class WeightBuilder:
 
     def call(self, target: Callable[..., Any], *args: Argument, **kwargs: Argument) -> fx.Node:
         last = next(iter(reversed(self.program.placeholders())))
-        for arg in (*args, *kwargs.values()):
+        for arg in tree_leaves((args, kwargs)):  # cat takes a list of them
             if isinstance(arg, fx.Node) and last < arg:
                 last = arg
         # FX inserts right after `last`; earlier weight expressions already there stay in front.

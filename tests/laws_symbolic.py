@@ -1,7 +1,7 @@
 """Laws on SymPy arrays.
 
 ``Array`` gives SymPy matrices the few tensor methods that laws are written with (``mean``, ``sum``,
-``transpose``, ``@``, broadcasting), so the same ``before`` and ``after`` functions serve both.
+``transpose``, ``@``, slices, broadcasting), so the same ``before`` and ``after`` functions serve both.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ class Array:
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
+
+    def __getitem__(self, index: Any) -> Array:
+        return Array(self.values[index])
 
     def _of(self, other: Any) -> Any:
         return other.values if isinstance(other, Array) else other

@@ -37,7 +37,8 @@ rounding. No lossy pass exists in this release. [verify.md](verify.md) says how 
 REWRITES = """\
 ## Rewrites
 
-The preset `default` runs all of them. Options are given by name:
+The preset `default` runs those that say so; the others are exact as well, but have to be named, since
+they were not measured to pay everywhere. Options are given by name:
 `options={"passes": {"fold-norm-affine": {"untie": True}}}`.
 """
 
@@ -81,8 +82,9 @@ def section(cls: type[Pass]) -> str:
     """One pass."""
     facts = describe(cls)
     title, paragraphs = read(facts["module_doc"])
-    presets = ", ".join(f"`{p}`" for p in facts["presets"]) or "no preset"
-    runs = "before every rewrite" if facts["canonical"] else f"in preset {presets}"
+    presets = ", ".join(f"`{p}`" for p in facts["presets"])
+    named = f"in preset {presets}" if presets else "only when named"
+    runs = "before every rewrite" if facts["canonical"] else named
     file = pathlib.Path(inspect.getfile(cls)).resolve().relative_to(ROOT).as_posix()
     law = paragraphs.get("Law", [facts["law"]])
     rows = [

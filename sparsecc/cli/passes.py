@@ -105,7 +105,8 @@ def _page(entry: dict[str, Any]) -> RenderableType:
     from rich.text import Text
 
     presets = ", ".join(entry["presets"])
-    runs = "always, before the others" if entry["canonical"] else f"in preset {presets or '(none)'}"
+    named = f"in preset {presets}" if presets else "only when named"
+    runs = "always, before the others" if entry["canonical"] else named
     facts = [
         ("law", entry["law"]),
         ("exactness", entry["exactness"]),
