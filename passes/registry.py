@@ -19,20 +19,24 @@ CANONICAL: dict[str, str] = {
 }
 
 REWRITES: dict[str, str] = {
+    "merge-duplicates": "sparsecc.passes.linear.merge_duplicates:MergeDuplicates",
+    "drop-dead-features": "sparsecc.passes.linear.drop_dead_features:DropDeadFeatures",
     "fold-repbn": "sparsecc.passes.batchnorm.fold_repbn:FoldRepBN",
     "fold-batchnorm": "sparsecc.passes.batchnorm.fold_batchnorm:FoldBatchNorm",
     "push-batchnorm": "sparsecc.passes.batchnorm.push_batchnorm:PushBatchNorm",
     "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
+    "fold-shift": "sparsecc.passes.linear.fold_shift:FoldShift",
     "merge-branches": "sparsecc.passes.batchnorm.merge_branches:MergeBranches",
     "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",
     "fold-norm-affine": "sparsecc.passes.norm.fold_norm_affine:FoldNormAffine",
     "push-affine": "sparsecc.passes.norm.push_affine:PushAffine",
+    "collapse-linear": "sparsecc.passes.linear.collapse_linear:CollapseLinear",
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
     "layernorm-to-crmsnorm": "sparsecc.passes.norm.layernorm_to_crmsnorm:LayerNormToCRMSNorm",
 }
 
-# Exact, but not measured to pay everywhere: these run only when named.
-BY_NAME: frozenset[str] = frozenset({"layernorm-to-crmsnorm"})
+# Exact, but not measured to pay everywhere: they run when they are named.
+BY_NAME = frozenset({"layernorm-to-crmsnorm"})
 
 # preset -> the passes that it runs; only bitwise and exact ones may stand here.
 PRESETS: dict[str, tuple[str, ...]] = {

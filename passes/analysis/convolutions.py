@@ -12,6 +12,9 @@ from sparsecc.passes.analysis.linear import Linear
 
 aten = torch.ops.aten
 
+# The operators that take padding as numbers, by the number of spatial axes.
+EXPLICIT: dict[int, Any] = {1: aten.conv1d.default, 2: aten.conv2d.default, 3: aten.conv3d.default}
+
 _POOLS = (aten.avg_pool1d.default, aten.avg_pool2d.default, aten.avg_pool3d.default)
 
 
@@ -27,6 +30,16 @@ class Taps:
     @property
     def is_padded(self) -> bool:
         return any(self.padding)
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each position of the result reads one position of the input."""
+        return all(size == 1 for size in self.kernel)
+
+    @property
+    def arguments(self) -> tuple[list[int], list[int], list[int]]:
+        """Stride, padding and dilation, as the operators of ``EXPLICIT`` take them."""
+        return list(self.stride), list(self.padding), list(self.dilation)
 
     def inside(self, host: Taps) -> tuple[int, ...] | None:
         """Which tap of ``host`` the first tap of each axis is, if all taps are among those of ``host``."""
@@ -91,3 +104,17 @@ def average(node: fx.Node) -> Taps | None:
 def _per_axis(value: Any, like: tuple[int, ...]) -> tuple[int, ...]:
     values = list(value) if isinstance(value, (list, tuple)) else [value]
     return tuple(values * len(like) if len(values) == 1 else values)
+
+
+def memory_format(weight: torch.Tensor) -> torch.memory_format | None:
+    """Channels first or channels last; None for other strides.
+
+    A convolution puts the channels of its result last where its input or its weight has them there.
+    """
+    first = [1]
+    for size in reversed(weight.shape[1:]):
+        first.append(first[-1] * size)
+    if list(weight.stride()) == first[::-1]:
+        return torch.contiguous_format
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    return last if last is not None and weight.is_contiguous(memory_format=last) else None

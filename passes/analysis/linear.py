@@ -13,7 +13,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.sizes import same_size
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
-from sparsecc.passes.base import Analyses
+from sparsecc.passes.base import Analyses, numel
 from sparsecc.program import ORIGIN, Program, WeightBuilder
 
 aten = torch.ops.aten
@@ -58,6 +58,14 @@ class Linear:
         """Whether each output feature reads only some inputs: rows scale, but do not mix."""
         return self.groups != 1
 
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of one call, from shapes."""
+        # Each element of the result (of the input, where transposed) meets one slice of the weight.
+        slices = self.weight.meta["val"].shape[0 if self.is_conv else self.out_axis]
+        met = numel(self.x if self.is_transposed else self.node)
+        return 2 * met * (numel(self.weight) // max(1, int(slices)))
+
     def scale_and_shift(
         self, program: Program, scale: fx.Node, shift: fx.Node | None, origin: str
     ) -> None:
@@ -65,7 +73,7 @@ class Linear:
         build = program.weight(origin, self.node)
         dtype = self.weight.meta["val"].dtype
         wide = build.wide(self.weight)
-        weight = build.as_dtype(self._times(build, wide, scale, self.out_axis), dtype)
+        weight = build.as_dtype(self.times(build, wide, scale, self.out_axis), dtype)
         bias = shift
         if self.bias is not None:
             dtype = self.bias.meta["val"].dtype
@@ -87,14 +95,14 @@ class Linear:
         wide = build.wide(self.weight)
         weight: fx.Node | None = None
         if isinstance(scale, fx.Node):
-            weight = build.as_dtype(self._times(build, wide, scale, self.in_axis), dtype)
+            weight = build.as_dtype(self.times(build, wide, scale, self.in_axis), dtype)
         elif scale is not None:
             weight = build.as_dtype(build.mul(wide, scale), dtype)
         bias: fx.Node | None = None
         if shift is not None:  # W h as a sum, where autocast cannot narrow it
             axes = [axis for axis in range(wide.meta["val"].dim()) if axis != self.out_axis]
             bias = build.call(
-                aten.sum.dim_IntList, self._times(build, wide, shift, self.in_axis), axes
+                aten.sum.dim_IntList, self.times(build, wide, shift, self.in_axis), axes
             )
             if self.bias is not None:
                 bias = build.add(bias, build.wide(self.bias))
@@ -102,19 +110,29 @@ class Linear:
             bias = build.as_dtype(bias, dtype)
         self.set_weights(program, origin, weight=weight, bias=bias)
 
-    def _times(self, build: WeightBuilder, weight: fx.Node, vector: fx.Node, axis: int) -> fx.Node:
-        """``weight`` with each feature of ``axis`` (the out or the in axis) times its element of ``vector``."""
-        shape = list(weight.meta["val"].shape)
+    def times(self, build: WeightBuilder, weight: fx.Node, vector: fx.Node, axis: int) -> fx.Node:
+        """``weight`` with each feature of ``axis`` (the out or the in axis) times its element of ``vector``.
+
+        The weight's strides stay: they say where a convolution puts the channels of its result.
+        """
+        lead, *_ = shape = list(weight.meta["val"].shape)
         ones = [1] * (len(shape) - axis - 1)
-        if not (self.is_grouped and axis == 1):
-            vector = build.call(aten.reshape.default, vector, [*[1] * axis, -1, *ones])
-            return build.mul(weight, vector)
-        # Axis 1 holds the features of one group; which group, axis 0 says.
-        lead, features, *kernel = shape
-        blocks = [self.groups, lead // self.groups, features, *kernel]
-        split = build.call(aten.reshape.default, weight, blocks)
-        vector = build.call(aten.reshape.default, vector, [self.groups, 1, features, *ones])
-        return build.call(aten.reshape.default, build.mul(split, vector), shape)
+        if (
+            self.is_grouped and axis == 1
+        ):  # it holds the features of one group; which group, axis 0 says
+            groups, features = self.groups, shape[1]
+            vector = build.call(aten.reshape.default, vector, [groups, 1, features])
+            vector = build.call(aten.expand.default, vector, [groups, lead // groups, features])
+            return build.mul(
+                weight, build.call(aten.reshape.default, vector, [lead, features, *ones])
+            )
+        vector = build.call(aten.reshape.default, vector, [*[1] * axis, -1, *ones])
+        return build.mul(weight, vector)
+
+    def set_input(self, program: Program, x: fx.Node) -> None:
+        """Read another activation."""
+        self.node.update_arg(1 if self.node.target is aten.addmm.default else 0, x)
+        program.version += 1
 
     def set_weights(
         self,

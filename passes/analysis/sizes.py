@@ -22,5 +22,11 @@ def same_shape(a: Iterable[Any], b: Iterable[Any]) -> bool:
     return len(left) == len(right) and all(map(same_size, left, right))
 
 
+def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape surely have the same strides, but for axes of size one."""
+    pairs = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all(same_size(size, 1) or same_size(left, right) for size, left, right in pairs)
+
+
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size

@@ -88,3 +88,12 @@ def other_users(weight: fx.Node, user: fx.Node, weights: WeightValues) -> list[f
             elif reader is not user:
                 found[reader] = None
     return list(found)
+
+
+def only_axis(vector: fx.Node, rank: int) -> int | None:
+    """The axis of a rank-``rank`` value along which ``vector`` varies, if it is exactly one."""
+    shape = vector.meta["val"].shape
+    wide = [i for i, s in enumerate(shape) if s != 1]
+    if len(wide) != 1 or len(shape) > rank:
+        return None
+    return wide[0] + rank - len(shape)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
@@ -50,6 +51,7 @@ class FoldRepBN(Pass):
         "batch-statistics": "it normalizes by the statistics of the batch",
         "not-a-weight": "its scale, shift or statistics are computed from the input",
         "fan-out": "something else reads the BatchNorm too",
+        "written": "the input is written in place, maybe between the BatchNorm and the sum",
         "widened": "the sum has another dtype than the BatchNorm",
         "region": "an autocast or grad-mode region begins or ends between the BatchNorm and the sum",
     }
@@ -77,6 +79,8 @@ class FoldRepBN(Pass):
             return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
         if not norm.reads_only(context.analyses.get(weight_values)):
             return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
+        if context.analyses.get(aliases).written(norm.x):
+            return Refusal.at(norm.x, "written", f"{norm.x.name} is written in place")
         if len(norm.node.users) != 1:
             other = next(u for u in norm.node.users if u is not match.node)
             return Refusal.at(other, "fan-out", f"{other.name} reads the BatchNorm too")

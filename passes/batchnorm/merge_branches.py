@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
 from sparsecc.passes.analysis.convolutions import Taps, average, one_tap, taps
 from sparsecc.passes.analysis.linear import Linear, linears
@@ -86,6 +87,7 @@ class MergeBranches(Pass):
         "fan-out": "something else reads the branch too",
         "tied": "a branch's weight is shared with another node",
         "widened": "the sum has another dtype than the branches",
+        "written": "the input is written in place, maybe between the branches",
         **RECOMPUTED,
         "region": "an autocast or grad-mode region begins or ends between the branches",
     }
@@ -108,6 +110,8 @@ class MergeBranches(Pass):
         host = group.host
         weights = context.analyses.get(weight_values)
         mode = context.analyses.get(modes)
+        if context.analyses.get(aliases).written(host.x):
+            return Refusal.at(host.x, "written", f"{host.x.name} is written in place")
         for branch in (host, *group.others):
             node = branch.node
             if branch is not host and _first_taps(branch, host) is None:

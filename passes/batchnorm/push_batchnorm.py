@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.affine import UNREADABLE, Readers, linear_readers
+from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.weights import weight_values
@@ -53,6 +54,7 @@ class PushBatchNorm(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "batch-statistics": "it normalizes by the statistics of the batch",
         "not-a-weight": "its scale, shift or statistics are computed from the input",
+        "written": "its input is written in place, maybe before a reader",
         **UNREADABLE,
         "border": "a convolution pads it with zeros: the shift becomes a map of the result's size, which "
         "costs more than it saves; name the pass to force it (the size must be known)",
@@ -74,6 +76,8 @@ class PushBatchNorm(Pass):
             return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
         if not norm.reads_only(context.analyses.get(weight_values)):
             return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
+        if context.analyses.get(aliases).written(norm.x):
+            return Refusal.at(norm.x, "written", f"{norm.x.name} is written in place")
         for linear in reads.padded:
             if not context.explicit or not _has_known_size(linear):
                 return Refusal.at(linear.node, "border", self.refusals["border"])

@@ -18,7 +18,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.producers import UNFOLDABLE, Producers, producers
 from sparsecc.passes.analysis.sizes import same_shape, same_size
-from sparsecc.passes.analysis.weights import WeightValues, weight_values
+from sparsecc.passes.analysis.weights import WeightValues, only_axis, weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
     Context,
@@ -105,16 +105,7 @@ def _scaled_axis(node: fx.Node, value: Any, factor: Any, weights: WeightValues) 
     result = node.meta["val"]
     if not same_shape(value.meta["val"].shape, result.shape):
         return None
-    axis = _only_axis(factor, result.dim())
+    axis = only_axis(factor, result.dim())
     if axis is None or not same_size(factor.meta["val"].shape.numel(), result.shape[axis]):
         return None
     return axis
-
-
-def _only_axis(factor: fx.Node, rank: int) -> int | None:
-    """The axis of a rank-``rank`` value along which ``factor`` varies, if it is exactly one."""
-    shape = factor.meta["val"].shape
-    wide = [i for i, s in enumerate(shape) if s != 1]
-    if len(wide) != 1 or len(shape) > rank:
-        return None
-    return wide[0] + rank - len(shape)

@@ -25,6 +25,7 @@ from sparsecc.passes.analysis.affine import (
     affine_tail,
     linear_readers,
 )
+from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.linear import linears
 from sparsecc.passes.analysis.norms import as_norm
 from sparsecc.passes.analysis.regions import modes
@@ -66,6 +67,7 @@ class PushAffine(Pass):
     pays: ClassVar[str] = "Unified Normalization; scales left before a layer by SmoothQuant or AWQ"
     refusals: ClassVar[dict[str, str]] = {
         **UNREADABLE,
+        "written": "what is scaled is written in place, maybe before a reader",
         "widened": "the result has another dtype than what is scaled",
         **RECOMPUTED,
     }
@@ -104,6 +106,8 @@ class PushAffine(Pass):
         for step in tail.steps:
             if mode[step.node] != mode[match.node]:
                 return Refusal.at(step.node, "region", self.refusals["region"])
+        if context.analyses.get(aliases).written(value):
+            return Refusal.at(value, "written", f"{value.name} is written in place")
         if value.meta["val"].dtype != match.node.meta["val"].dtype:
             return Refusal.at(match.node, "widened", self.refusals["widened"])
         return reads.refusal(match.node, context) or context.recomputed(match.node)

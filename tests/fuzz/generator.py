@@ -7,6 +7,7 @@ views and returns at random places. A disturbance that eager refuses, or that fp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +26,11 @@ NOT_IN_TRAINING = ("fold-batchnorm", "push-batchnorm")
 
 
 @st.composite
-def cases(draw: st.DrawFn, through_dynamo: int = 20) -> tuple[Case, ...]:
+def cases(
+    draw: st.DrawFn,
+    through_dynamo: int = 20,
+    program: Callable[[Builder], None] = blocks.program,
+) -> tuple[Case, ...]:
     """Two cases of one program, under two choices of passes: most of the time goes into taking a program in.
 
     One program in ``through_dynamo`` goes through torch.compile (0: none), and is often one case.
@@ -34,7 +39,7 @@ def cases(draw: st.DrawFn, through_dynamo: int = 20) -> tuple[Case, ...]:
     train = build.chance(3)
     build.train = train
     try:
-        blocks.program(build)
+        program(build)
     except Dropped:
         build.recover()
     case = Case(

@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from fuzz import blocks
+from fuzz.builder import Builder
 from fuzz.case import Case, T
 from fuzz.check import Outcome, Wrong, blame, check
 from fuzz.generator import cases
@@ -85,6 +87,7 @@ def chunk(
     through_dynamo: int = 20,
     judge: Callable[[Case], Outcome] = check,
     shrink: bool = True,
+    program: Callable[[Builder], None] = blocks.program,
 ) -> Tally:
     """About ``count`` cases from ``seed``; it ends at the first failure, which is shrunk."""
     tally = Tally()
@@ -103,7 +106,7 @@ def chunk(
         backend="seed-alone",
         suppress_health_check=list(HealthCheck),
     )
-    @given(cases(through_dynamo))
+    @given(cases(through_dynamo, program))
     def run(drawn: tuple[Case, ...]) -> None:
         if not failing:  # what shrinking tries is not counted
             tally.programs += 1

@@ -276,15 +276,24 @@ class Widened(Read):
             return y + x
 
 
-REFUSED = {Read: "fan-out", Shared: "tied", Widened: "widened"}
+class Written(Read):
+    """The caller's tensor changes between the branches."""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.mul_(2)
+        return y + self.b(x) + x
+
+
+REFUSED = {Read: "fan-out", Shared: "tied", Widened: "widened", Written: "written"}
 
 
 @pytest.mark.parametrize("cls", REFUSED, ids=lambda c: c.__name__)
 def test_refuses(cls: type[nn.Module]) -> None:
     model = randomise(cls()).eval()
     with torch.no_grad():
-        result, report = run(model, SPACE, **ONLY)
-        assert error(result, model(SPACE)) < 1e-6
+        result, report = run(model, SPACE.clone(), **ONLY)
+        assert error(result, model(SPACE.clone())) < 1e-6
     assert refusals(report, NAME) == [REFUSED[cls]]
 
 
