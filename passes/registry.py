@@ -33,10 +33,11 @@ REWRITES: dict[str, str] = {
     "collapse-linear": "sparsecc.passes.linear.collapse_linear:CollapseLinear",
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
     "layernorm-to-crmsnorm": "sparsecc.passes.norm.layernorm_to_crmsnorm:LayerNormToCRMSNorm",
+    "balance-channels": "sparsecc.passes.quant.balance_channels:BalanceChannels",
 }
 
-# Exact, but not measured to pay everywhere: they run when they are named.
-BY_NAME = frozenset({"layernorm-to-crmsnorm"})
+# Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
+BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels"})
 
 # preset -> the passes that it runs; only bitwise and exact ones may stand here.
 PRESETS: dict[str, tuple[str, ...]] = {

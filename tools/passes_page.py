@@ -37,8 +37,8 @@ rounding. No lossy pass exists in this release. [verify.md](verify.md) says how 
 REWRITES = """\
 ## Rewrites
 
-The preset `default` runs those that say so; the others are exact as well, but have to be named, since
-they were not measured to pay everywhere. Options are given by name:
+The preset `default` runs those that say so; the others are exact as well, but have to be named: they
+prepare for another pass, or were not measured to pay everywhere. Options are given by name:
 `options={"passes": {"fold-norm-affine": {"untie": True}}}`.
 """
 

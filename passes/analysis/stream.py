@@ -428,3 +428,8 @@ _GROUPS: tuple[tuple[Callable[..., Carry | None], tuple[Any, ...]], ...] = (
 _RULES: dict[Any, Callable[..., Carry | None]] = {
     target: rule for rule, targets in _GROUPS for target in targets
 }
+
+
+def is_split(node: fx.Node) -> bool:
+    """Whether ``node`` takes a value apart into a tuple of its parts (split, chunk, unbind)."""
+    return node.target in _SPLITS

@@ -75,14 +75,18 @@ def is_pure(node: fx.Node) -> bool:
 
 
 def other_users(weight: fx.Node, user: fx.Node, weights: WeightValues) -> list[fx.Node]:
-    """Who reads the matrices behind ``weight`` besides ``user``, seen through weight expressions."""
+    """Who reads the matrices behind ``weight`` besides ``user``, seen through weight expressions.
+
+    A vector that was computed from a matrix (its ranges, say) is not that matrix: a weight that is scaled by
+    it shares nothing with the matrix.
+    """
     found: dict[fx.Node, None] = {}
-    stack = [s for s in weights.sources[weight] if s.meta["val"].dim() > 1] or [weight]
+    stack = _matrices(weight, weights) or [weight]
     seen = set(stack)
     while stack:
         for reader in stack.pop().users:
             if reader in weights:
-                if reader not in seen:
+                if reader not in seen and reader.meta["val"].dim() > 1:
                     seen.add(reader)
                     stack.append(reader)
             elif reader is not user:
@@ -97,3 +101,18 @@ def only_axis(vector: fx.Node, rank: int) -> int | None:
     if len(wide) != 1 or len(shape) > rank:
         return None
     return wide[0] + rank - len(shape)
+
+
+def _matrices(weight: fx.Node, weights: WeightValues) -> list[fx.Node]:
+    """The parameters and buffers of rank above one that ``weight`` is computed from, vectors aside."""
+    found: dict[fx.Node, None] = {}
+    stack, seen = [weight], {weight}
+    while stack:
+        node = stack.pop()
+        if node.op == "placeholder":
+            found[node] = None
+        for source in node.all_input_nodes:
+            if source in weights and source not in seen and source.meta["val"].dim() > 1:
+                seen.add(source)
+                stack.append(source)
+    return [source for source in found if source.meta["val"].dim() > 1]

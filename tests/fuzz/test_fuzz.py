@@ -42,6 +42,10 @@ RARE = {
     ("fold-layerscale", "region"),
     ("drop-dead-features", "gathered"),
     ("collapse-linear", "layout"),
+    ("balance-channels", "training"),  # these two: it is in no preset, so whoever runs it names it
+    ("balance-channels", "gathered"),
+    ("balance-channels", "layout"),
+    ("balance-channels", "no-reader"),
 }
 
 

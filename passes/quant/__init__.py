@@ -1,0 +1,1 @@
+"""Passes for quantization, and the exact transforms that prepare for it."""
