@@ -16,6 +16,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.sizes import is_contiguous, same_layout
 from sparsecc.passes.analysis.stream import carry, readers
 from sparsecc.passes.analysis.weights import other_users, weight_values
 from sparsecc.passes.base import Context, Refusal
@@ -25,6 +26,7 @@ aten = torch.ops.aten
 
 # Why a fold into what makes a value is not legal; the codes of :meth:`Producers.refusal`.
 UNFOLDABLE: Mapping[str, str] = {
+    "layout": "the result has other strides than the value it is made of, and is not contiguous",
     "fan-out": "something else reads the value before it too",
     "tied": "the weight of its producer is shared with another node",
     "region": "an autocast or grad-mode region begins or ends between it and its producer",
@@ -63,6 +65,9 @@ class Producers:
 
     def refusal(self, reader: fx.Node, context: Context) -> Refusal | None:
         """Why what ``reader`` does cannot move into the parts (codes of ``UNFOLDABLE``); None where it can."""
+        result = reader.meta["val"]
+        if not same_layout(result, self.path[0].meta["val"]) and not is_contiguous(result):
+            return Refusal.at(reader, "layout", UNFOLDABLE["layout"])
         if self.other is not None:
             reason = f"{self.other.name} reads the value before it too"
             return Refusal.at(self.other, "fan-out", reason)
@@ -92,6 +97,16 @@ class Producers:
             part.linear.scale_and_shift(program, vectors[0], vectors[1], origin)
         for node in self.path:
             node.meta[MOVED] = moved
+
+    def replace(self, program: Program, reader: fx.Node, value: fx.Node, origin: str) -> None:
+        """Give ``value``, with the dtype and the strides of ``reader``, to all who read ``reader``."""
+        result = reader.meta["val"]
+        place: Any = {"like": reader, "origin": origin, "before": reader}
+        value = program.cast(value, result.dtype, **place)
+        if not same_layout(result, value.meta["val"]):
+            contiguous: Any = {"memory_format": torch.contiguous_format}
+            value = program.call(aten.clone.default, (value,), contiguous, **place)
+        program.replace(reader, value)
 
 
 def producers(

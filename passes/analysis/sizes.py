@@ -28,5 +28,15 @@ def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     return all(same_size(size, 1) or same_size(left, right) for size, left, right in pairs)
 
 
+def is_contiguous(value: torch.Tensor) -> bool:
+    """Whether a tensor's strides are surely those of a contiguous one, but for axes of size one."""
+    expected: Any = 1
+    for size, stride in reversed(list(zip(value.shape, value.stride(), strict=True))):
+        if not same_size(size, 1) and not same_size(stride, expected):
+            return False
+        expected = expected * size
+    return True
+
+
 def _expression(size: Any) -> Any:
     return size.node.expr if isinstance(size, torch.SymInt) else size

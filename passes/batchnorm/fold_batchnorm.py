@@ -78,17 +78,22 @@ class FoldBatchNorm(Pass):
         found: Producers = match.nodes["producers"]
         build = program.weight(self.name, norm.node)
         scale, shift = norm.affine(build)
-        place: Any = {"like": norm.node, "origin": self.name, "before": norm.node}
         moved, value = "it carries the BatchNorm", norm.x
         if context.trains:
             # The gradient of a convolution's bias is summed naively: 6 times eager's error was measured.
             found.fold(program, scale, None, self.name, moved)
             ones = [1] * (value.meta["val"].dim() - 2)
             vector = build.call(torch.ops.aten.reshape.default, shift, [-1, *ones])
-            value = program.call(torch.ops.aten.add.Tensor, (value, vector), **place)
+            value = program.call(
+                torch.ops.aten.add.Tensor,
+                (value, vector),
+                like=norm.node,
+                origin=self.name,
+                before=norm.node,
+            )
         else:
             found.fold(program, scale, shift, self.name, moved)
-        program.replace(norm.node, program.cast(value, norm.node.meta["val"].dtype, **place))
+        found.replace(program, norm.node, value, self.name)
 
     def saving(self, match: Match, context: Context) -> Saving:
         return Saving(2 * nbytes(match.node), 2 * numel(match.node), 1)

@@ -24,7 +24,7 @@ from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
 from sparsecc.passes.analysis.convolutions import Taps, average, one_tap, taps
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.regions import modes
-from sparsecc.passes.analysis.sizes import same_shape, same_size
+from sparsecc.passes.analysis.sizes import same_layout, same_shape, same_size
 from sparsecc.passes.analysis.stream import is_tensor
 from sparsecc.passes.analysis.weights import other_users, weight_values
 from sparsecc.passes.base import (
@@ -87,6 +87,7 @@ class MergeBranches(Pass):
         "fan-out": "something else reads the branch too",
         "tied": "a branch's weight is shared with another node",
         "widened": "the sum has another dtype than the branches",
+        "layout": "the sum has other strides than the branch that stays",
         "written": "the input is written in place, maybe between the branches",
         **RECOMPUTED,
         "region": "an autocast or grad-mode region begins or ends between the branches",
@@ -112,6 +113,8 @@ class MergeBranches(Pass):
         mode = context.analyses.get(modes)
         if context.analyses.get(aliases).written(host.x):
             return Refusal.at(host.x, "written", f"{host.x.name} is written in place")
+        if not same_layout(match.node.meta["val"], host.node.meta["val"]):
+            return Refusal.at(match.node, "layout", self.refusals["layout"])
         for branch in (host, *group.others):
             node = branch.node
             if branch is not host and _first_taps(branch, host) is None:

@@ -21,6 +21,7 @@ from sparsecc.passes.analysis.affine import UNREADABLE, Readers, linear_readers
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
 from sparsecc.passes.analysis.linear import Linear, linears
+from sparsecc.passes.analysis.sizes import same_layout
 from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
@@ -54,6 +55,7 @@ class PushBatchNorm(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "batch-statistics": "it normalizes by the statistics of the batch",
         "not-a-weight": "its scale, shift or statistics are computed from the input",
+        "layout": "its result has other strides than its input, which readers could see",
         "written": "its input is written in place, maybe before a reader",
         **UNREADABLE,
         "border": "a convolution pads it with zeros: the shift becomes a map of the result's size, which "
@@ -78,6 +80,8 @@ class PushBatchNorm(Pass):
             return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
         if context.analyses.get(aliases).written(norm.x):
             return Refusal.at(norm.x, "written", f"{norm.x.name} is written in place")
+        if not same_layout(norm.node.meta["val"], norm.x.meta["val"]):
+            return Refusal.at(norm.node, "layout", self.refusals["layout"])
         for linear in reads.padded:
             if not context.explicit or not _has_known_size(linear):
                 return Refusal.at(linear.node, "border", self.refusals["border"])

@@ -77,11 +77,7 @@ class FoldLayerScale(Pass):
         factor = build.wide(match.nodes["factor"])
         vector = build.call(aten.reshape.default, factor, [-1])
         found.fold(program, vector, None, self.name, "it carries the per-channel factor")
-        dtype = match.node.meta["val"].dtype
-        value = program.cast(
-            match.nodes["value"], dtype, like=match.node, origin=self.name, before=match.node
-        )
-        program.replace(match.node, value)
+        found.replace(program, match.node, match.nodes["value"], self.name)
 
     def saving(self, match: Match, context: Context) -> Saving:
         return Saving(nbytes(match.nodes["factor"]), numel(match.node))

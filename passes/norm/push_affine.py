@@ -29,6 +29,7 @@ from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.linear import linears
 from sparsecc.passes.analysis.norms import as_norm
 from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.sizes import same_layout
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
@@ -68,6 +69,7 @@ class PushAffine(Pass):
     refusals: ClassVar[dict[str, str]] = {
         **UNREADABLE,
         "written": "what is scaled is written in place, maybe before a reader",
+        "layout": "the result has other strides than what is scaled, which readers could see",
         "widened": "the result has another dtype than what is scaled",
         **RECOMPUTED,
     }
@@ -108,6 +110,8 @@ class PushAffine(Pass):
                 return Refusal.at(step.node, "region", self.refusals["region"])
         if context.analyses.get(aliases).written(value):
             return Refusal.at(value, "written", f"{value.name} is written in place")
+        if not same_layout(match.node.meta["val"], value.meta["val"]):
+            return Refusal.at(match.node, "layout", self.refusals["layout"])
         if value.meta["val"].dtype != match.node.meta["val"].dtype:
             return Refusal.at(match.node, "widened", self.refusals["widened"])
         return reads.refusal(match.node, context) or context.recomputed(match.node)

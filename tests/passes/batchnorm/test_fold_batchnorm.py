@@ -192,6 +192,31 @@ def test_nested_concatenations() -> None:
     check_exact(randomise(Nested()).eval(), SPACE, applied={NAME: 1}, **ONLY)
 
 
+class Sliced(nn.Sequential):
+    """BatchNorm of a part, and a view of its result that holds for contiguous tensors alone."""
+
+    def forward(self, x):
+        return self[1](self[0](x)[:, :, 1:]).view(-1)
+
+
+def test_a_view_behind_a_sliced_value() -> None:
+    model = randomise(Sliced(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))).eval()
+    check_exact(model, SPACE, applied={NAME: 1}, **ONLY)
+
+
+def test_channels_last_stays() -> None:
+    model = network(
+        nn.Conv2d(4, 8, 3, groups=2), nn.BatchNorm2d(8), nn.ConvTranspose2d(8, 8, 3, groups=2)
+    )
+    model.append(nn.BatchNorm2d(8)).eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        result, report = run(model, SPACE, **ONLY)
+        expected = model(SPACE)
+    assert report[NAME].applied == 2
+    assert result.stride() == expected.stride()
+    assert error(result, expected) < 1e-5
+
+
 # ---- refuses -------------------------------------------------------------------------------------
 
 

@@ -174,7 +174,7 @@ class Written(nn.BatchNorm1d):
 
     def forward(self, x):
         y = super().forward(x)
-        x.mul_(2)
+        x[0] += 1
         return y + x
 
 

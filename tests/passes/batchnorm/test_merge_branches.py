@@ -315,6 +315,35 @@ def test_taps_that_do_not_line_up(pair: str) -> None:
     assert report[NAME].applied == 0
 
 
+@pytest.mark.parametrize("small_last", [True, False])
+def test_strides_of_the_sum_stay(small_last: bool) -> None:
+    """One weight has its channels last, so one branch has, too; the sum follows one of them."""
+    model = randomise(Branches(conv(4, 3, padding=1), conv(4, 1))).eval()
+    model.layers[int(small_last)].to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        result, report = run(model, SPACE, **ONLY)
+        expected = model(SPACE)
+    assert result.stride() == expected.stride()
+    assert error(result, expected) < 1e-6
+    assert refusals(report, NAME) in ([], ["layout"])
+
+
+def test_a_sum_with_other_strides_is_refused() -> None:
+    first = randomise(conv(4, 3, padding=1))
+    second = randomise(conv(4, 1, bias=False)).to(memory_format=torch.channels_last)
+    first.to(memory_format=torch.channels_last)
+    image = torch.randn(2, 4, 1, 8)
+
+    def model(x):
+        return (first(x) + second(x)) + torch.ones(2, 4, 1, 8)
+
+    with torch.no_grad():
+        result, _ = run(model, image, **ONLY)
+        expected = model(image)
+    assert result.stride() == expected.stride()
+    assert error(result, expected) < 1e-6
+
+
 def test_a_strided_convolution_is_no_identity() -> None:
     model = randomise(Branches(nn.Conv1d(4, 4, 4, stride=2, padding=1), identity=0))
     check_exact(model, SPACE[..., 0], applied={NAME: 0}, **ONLY)

@@ -211,6 +211,15 @@ def test_refuses(cls: type[nn.Sequential]) -> None:
     assert refusals(report, NAME) == [REFUSED[cls]]
 
 
+def test_a_sliced_input_keeps_its_batch_norm() -> None:
+    """Its result is contiguous, its input is not: what the layer returns would have other strides."""
+    model = network(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 1))
+    with torch.no_grad():
+        result, report = run(lambda x: model(x[:, :, 1:, ::2]), SPACE, **ONLY)
+        assert error(result, model(SPACE[:, :, 1:, ::2])) < 1e-6
+    assert refusals(report, NAME) == ["layout"]
+
+
 def test_transposed_convolutions_are_refused() -> None:
     """What a tap adds depends on the position: zeros stand between the inputs."""
     model = network(nn.ReLU(), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 6, 3, stride=2))

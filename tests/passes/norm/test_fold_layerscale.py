@@ -90,6 +90,21 @@ def test_factor_made_after_its_producer() -> None:
     check_exact(randomise(Late()), torch.randn(2, 3, 4, 4), applied={NAME: 1}, **ONLY)
 
 
+class Viewed(nn.Module):
+    """A view of the scaled part that holds for contiguous tensors alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.scale = nn.Linear(4, 6), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return (self.linear(x)[:, 1:] * self.scale).view(-1)
+
+
+def test_a_view_behind_a_sliced_value() -> None:
+    check_exact(randomise(Viewed()), torch.randn(2, 5, 4), applied={NAME: 1}, **ONLY)
+
+
 class PartOfSplit(nn.Module):
     """One half of the tokens is scaled, the other is not."""
 

@@ -187,6 +187,18 @@ def test_refuses(cls: type[nn.Module]) -> None:
     assert refusals(report, NAME) == [REFUSED[cls]]
 
 
+def test_a_sliced_input_keeps_its_scale() -> None:
+    """What is scaled is not contiguous, the result is: a reader could tell."""
+    model = randomise(Smoothed()).eval()
+    with torch.no_grad():
+        result, report = run(
+            lambda x: model.linear(x[:, 1:, ::2] / model.scale), X.repeat(1, 1, 2), **ONLY
+        )
+        expected = model.linear(X.repeat(1, 1, 2)[:, 1:, ::2] / model.scale)
+    assert error(result, expected) < 1e-6
+    assert refusals(report, NAME) == ["layout"]
+
+
 def test_training_and_gathered_weights_are_refused_unless_named() -> None:
     model = randomise(Block())
     _, report = run(model, X)
