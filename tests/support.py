@@ -57,6 +57,18 @@ def capture(function: Callable[..., Any], *args: Any, dynamic: bool = False) -> 
     return programs[-1]
 
 
+def left(model: nn.Module, *args: Any, operator: Any = torch.ops.aten.batch_norm.default) -> int:
+    """How many nodes of ``operator`` the rewritten program of ``model`` has in inference."""
+    from sparsecc import pipeline
+    from sparsecc.options import Options
+    from sparsecc.report.model import GraphReport
+
+    with torch.no_grad():
+        program = capture(model, *args)
+    pipeline.run(program, Options.parse({"strict": True}), GraphReport(0))
+    return len(list(program.calls(operator)))
+
+
 def fp64(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model).double()
 

@@ -4,6 +4,8 @@
 - `vit_focus`: ViT-S/14 backbone and convolutional focus decoder, linear probe on digits
 - `whisper_tiny`: Whisper tiny.en, word error rate on five LibriVox clips
 - `minilm`: MiniLM-L6 sentence encoder, rank correlation on WordSim-353
+- `efficientnet`: EfficientNet-Lite0 (BatchNorm), twenty labelled photos
+- `crepe`: CREPE pitch tracker (BatchNorm behind ReLU), error in cents on tones
 - `text`: the Wikipedia text itself
 
 Every metric takes a plain function, so the same call measures an eager and a compiled model.

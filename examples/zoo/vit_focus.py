@@ -149,6 +149,18 @@ def probe_accuracy(
     return (predicted == labels[train:]).double().mean().item()
 
 
+def focus_centres(forward: Forward, *, count: int = 10) -> list[tuple[float, float]]:
+    """The centre of each focus map of `forward(images [count, 3, 112, 112])`, in hundredths of a pixel."""
+    with torch.no_grad():
+        maps = forward(digits(count)[0])[:, 0].double()
+    weights = maps / maps.sum((1, 2), keepdim=True)
+    places = torch.arange(maps.shape[-1], dtype=torch.float64)
+    rows, columns = (weights.sum(axis) @ places for axis in (2, 1))
+    return [
+        (round(y, 2), round(x, 2)) for y, x in zip(rows.tolist(), columns.tolist(), strict=True)
+    ]
+
+
 @cache
 def _states() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """State dictionaries of the backbone and the decoder, read from the ONNX graph."""

@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import left, refusals
 
 import sparsecc
 
 pytestmark = [pytest.mark.models, pytest.mark.slow]
 
 TO_RMS, AFFINE, SCALE = "layernorm-to-rmsnorm", "fold-norm-affine", "fold-layerscale"
+FOLD, PUSH = "fold-batchnorm", "push-batchnorm"
 
 
 def compare(
@@ -50,6 +52,52 @@ def test_vit_focus() -> None:
     )
     assert before == after
     assert before > 0.85
+
+
+def test_vit_focus_with_its_decoder() -> None:
+    """The decoder's 3 BatchNorms go into transposed convolutions; one of them reads the last norm."""
+    from zoo import vit_focus
+
+    before, after = compare(
+        vit_focus.load(),
+        vit_focus.focus_centres,
+        (vit_focus.digits(10)[0],),
+        {FOLD: (3, 0), SCALE: (24, 0), AFFINE: (24, 1), TO_RMS: (25, 0)},
+    )
+    assert before == after
+    assert len(set(before)) == 10
+
+
+def test_efficientnet_lite0() -> None:
+    """49 BatchNorms, each behind a convolution: all are folded."""
+    from zoo import efficientnet
+
+    model = efficientnet.load()
+    images = efficientnet.photos()[0][:10]
+    assert left(model, images) == 0
+    before, after = compare(
+        efficientnet.as_forward(model), efficientnet.top1, (images,), {FOLD: (49, 0)}
+    )
+    assert before == after == (18, 20)
+
+
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_crepe_normalizes_between_relu_and_max_pooling(size: str) -> None:
+    """6 BatchNorms that no exact fold reaches: a ReLU before them, and the maximum behind them.
+
+    Past the maximum only a positive scale may go, and signs are values of weights.
+    """
+    from zoo import crepe
+
+    forward = crepe.as_forward(crepe.load(size))
+    report = sparsecc.Report()
+    fast = torch.compile(forward, backend="sparsecc", options={"report": report, "strict": True})
+    before, after = (round(crepe.pitch_error(f), 1) for f in (forward, fast))
+    assert refusals(report, FOLD) == ["producer"] * 6
+    assert refusals(report, PUSH) == ["reader"] * 6
+    assert report.fallbacks == ["graph 0: no rewrite applied"]
+    assert before == after
+    assert before < 5
 
 
 def test_whisper_tiny() -> None:
