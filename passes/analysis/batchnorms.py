@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsecc.passes.analysis.weights import WeightValues
+from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program, WeightBuilder
 
@@ -55,12 +55,14 @@ class BatchNorm:
 
 
 def batch_norms(program: Program, analyses: Analyses) -> dict[fx.Node, BatchNorm]:
-    """Every BatchNorm of the program, by node."""
-    del analyses
+    """Every BatchNorm of an activation, by node; NFNets standardize their weights with the operator."""
+    weights = analyses.get(weight_values)
     found: dict[fx.Node, BatchNorm] = {}
     for node in program.calls(aten.batch_norm.default):
         args: Any = node.args
         x, weight, bias, mean, variance, training, _, eps = args[:8]
+        if x in weights:
+            continue
         missing = mean is None or variance is None
         found[node] = BatchNorm(node, x, weight, bias, mean, variance, eps, training or missing)
     return found

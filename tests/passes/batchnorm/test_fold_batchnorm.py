@@ -287,6 +287,23 @@ def test_other_norms_are_left_alone() -> None:
     check_exact(model, SPACE, applied={NAME: 0}, **ONLY)
 
 
+class Standardized(nn.Conv2d):
+    """A convolution of an NFNet: the operator normalizes the weight, by its own statistics."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        rows = nn.functional.batch_norm(rows, None, None, training=True)
+        return nn.functional.conv2d(x, rows.reshape_as(self.weight), self.bias)
+
+
+def test_a_standardized_weight_is_no_activation() -> None:
+    with torch.no_grad():
+        _, report = run(network(Standardized(4, 8, 3)), SPACE)
+    assert not report[NAME].matches
+    folded = network(Standardized(4, 8, 3), nn.BatchNorm2d(8))
+    check_exact(folded, SPACE, applied={NAME: 1}, **ONLY)
+
+
 def test_training_and_gathered_weights_are_refused_unless_named() -> None:
     model = network(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8))
     _, report = run(model, SPACE)
