@@ -8,7 +8,6 @@ from fuzz import spellings as s
 from fuzz.builder import Builder, Dropped
 from fuzz.case import VOCABULARY
 from fuzz.corners import corner
-from fuzz.images import image
 
 BATCH, TOKENS = 2, 5
 WIDER = {"bf16": "f32", "f16": "f32", "f32": "f64"}
@@ -18,9 +17,7 @@ def program(b: Builder) -> None:
     """A whole program; sets ``b.result``."""
     b.width = b.pick((8, 8, 8, 8, 8, 6))
     b.dtype = b.pick(("f32",) * 16 + ("bf16", "f16", "f64"))
-    kind = b.pick(("stream",) * 17 + ("image",) * 5 + ("space", "space", "shapes"))
-    if kind == "image":
-        return image(b)
+    kind = b.pick(("stream",) * 17 + ("space", "space", "shapes"))
     if kind == "space":
         return spatial(b)
     if kind == "shapes":

@@ -8,8 +8,9 @@ from fuzz.builder import Builder
 BATCH, CHANNELS, SIDE = 2, 4, 6
 
 
-def image(b: Builder) -> None:
+def program(b: Builder) -> None:
     """A few layers over an image [B, C, H, W]; sets ``b.result``."""
+    b.dtype = b.pick(("f32",) * 10 + ("bf16", "f16", "f64"))
     x = b.result = b.input((BATCH, CHANNELS, SIDE, SIDE), "normal")
     for _ in range(b.pick((2, 2, 3))):
         x = b.result = b.pick(_LAYERS)(b, x)

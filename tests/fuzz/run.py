@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from fuzz import blocks
+from fuzz import blocks, images, maps, streams
 from fuzz.builder import Builder
 from fuzz.case import Case, T
 from fuzz.check import Outcome, Wrong, blame, check
@@ -48,6 +48,8 @@ class SeedAlone(HypothesisProvider):
 
 AVAILABLE_PROVIDERS["seed-alone"] = f"{__name__}.SeedAlone"
 
+# Kinds of programs: a seed takes one by its remainder.
+KINDS = (blocks, images, blocks, maps, blocks, streams)
 CHUNK = 200  # cases of one seed
 
 
@@ -183,7 +185,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fuzz.run", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=0, help="stop after so many (0: never)")
     parser.add_argument(
-        "--seed", type=int, default=0, help="the first seed; each 200 cases take the next"
+        "--seed",
+        type=int,
+        default=0,
+        help="the first seed; each 200 cases take the next, and the next kind of programs",
     )
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument(
@@ -236,7 +241,8 @@ def _tallies(options: argparse.Namespace) -> Iterator[tuple[int, Tally]]:
 def _one(work: tuple[int, int, int]) -> tuple[int, Tally]:
     torch.set_num_threads(1)
     seed, size, through_dynamo = work
-    return seed, chunk(seed, size, through_dynamo=through_dynamo)
+    program = KINDS[seed % len(KINDS)].program
+    return seed, chunk(seed, size, through_dynamo=through_dynamo, program=program)
 
 
 def _summary(total: Tally, seconds: float) -> None:
