@@ -49,9 +49,7 @@ RARE = {
     ("fold-repbn", "widened"),
     ("fold-repbn", "written"),
     ("fold-batchnorm", "layout"),
-    ("fold-batchnorm", "training"),  # the generator leaves it out in training, and says why
     ("push-batchnorm", "layout"),
-    ("push-batchnorm", "training"),
     ("merge-branches", "fan-out"),
     ("merge-branches", "layout"),
     ("merge-branches", "written"),
