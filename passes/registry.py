@@ -27,6 +27,7 @@ REWRITES: dict[str, str] = {
     "fold-layerscale": "sparsecc.passes.norm.fold_layerscale:FoldLayerScale",
     "fold-shift": "sparsecc.passes.linear.fold_shift:FoldShift",
     "merge-branches": "sparsecc.passes.batchnorm.merge_branches:MergeBranches",
+    "merge-concatenated": "sparsecc.passes.linear.merge_concatenated:MergeConcatenated",
     "fold-norm-scale": "sparsecc.passes.norm.fold_norm_scale:FoldNormScale",
     "fold-norm-affine": "sparsecc.passes.norm.fold_norm_affine:FoldNormAffine",
     "push-affine": "sparsecc.passes.norm.push_affine:PushAffine",

@@ -59,6 +59,11 @@ class Linear:
         return self.groups != 1
 
     @property
+    def features(self) -> int:
+        """How many output features it has."""
+        return int(self.node.meta["val"].shape[self.feature_axis])
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of one call, from shapes."""
         # Each element of the result (of the input, where transposed) meets one slice of the weight.

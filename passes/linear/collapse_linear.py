@@ -119,8 +119,8 @@ class CollapseLinear(Pass):
         return context.recomputed(outer.node)
 
     def _words(self, match: Match, source: Match) -> str:
-        outer, between = match.nodes["outer"], _features(match.nodes["inner"])
-        columns, out = _columns(source.nodes["inner"]), _features(outer)
+        outer, between = match.nodes["outer"], match.nodes["inner"].features
+        columns, out = _columns(source.nodes["inner"]), outer.features
         return f"{columns} → {out} features directly cost more than over {between}"
 
     def rewrite(self, match: Match, context: Context) -> None:
@@ -307,10 +307,6 @@ def _format(inner: Linear, outer: Linear) -> torch.memory_format | None:
     return next((f for f in formats if f != torch.contiguous_format), torch.contiguous_format)
 
 
-def _features(linear: Linear) -> int:
-    return int(linear.node.meta["val"].shape[linear.feature_axis])
-
-
 def _columns(linear: Linear) -> int:
     """Inputs of one output feature, at one position."""
     return int(linear.weight.meta["val"].shape[linear.in_axis])
@@ -326,8 +322,8 @@ def _collapsed(match: Match, source: Match) -> tuple[int, int]:
     outer: Linear = match.nodes["outer"]
     inner: Linear = source.nodes["inner"]
     columns = numel(inner.weight) // max(1, int(inner.weight.meta["val"].shape[inner.out_axis]))
-    positions = numel(outer.weight) // (_features(outer) * _columns(outer)) if outer.is_conv else 1
-    return 2 * numel(outer.node) * columns * positions, _features(outer) * columns * positions
+    positions = numel(outer.weight) // (outer.features * _columns(outer)) if outer.is_conv else 1
+    return 2 * numel(outer.node) * columns * positions, outer.features * columns * positions
 
 
 def _pays(match: Match, source: Match) -> bool:

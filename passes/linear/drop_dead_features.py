@@ -117,7 +117,7 @@ class DropDeadFeatures(Pass):
             reading = _reading(linear)
             if reading is None or not reading.kept:
                 continue
-            if _count(reading.kept) < _features(linear):
+            if _count(reading.kept) < linear.features:
                 matches.append(Match(linear.node, {"linear": linear, "reading": reading}))
         return matches
 
@@ -182,7 +182,7 @@ class DropDeadFeatures(Pass):
 
     def saving(self, match: Match, context: Context) -> Saving:
         linear: Linear = match.nodes["linear"]
-        features = _features(linear)
+        features = linear.features
         dead = features - _count(match.nodes["reading"].kept)
         moved = nbytes(linear.node) + nbytes(linear.weight)
         return Saving(moved * dead // features, linear.flops * dead // features)
@@ -330,7 +330,3 @@ def _count(ranges: list[Range]) -> int:
 
 def _dead_before(place: int, kept: list[Range]) -> int:
     return place - sum(max(0, min(stop, place) - start) for start, stop in kept)
-
-
-def _features(linear: Linear) -> int:
-    return int(linear.node.meta["val"].shape[linear.feature_axis])

@@ -21,7 +21,42 @@ def program(b: Builder) -> None:
 
 def meeting(b: Builder, x: str) -> str:
     """One of them, over the stream x [..., d]; the result is a stream again, mostly."""
-    return b.pick((product, product, window, window, part, part, twice, shift, shift))(b, x)
+    kinds = (product, product, window, window, part, part, twice, shift, shift, joined)
+    return b.pick(kinds)(b, x)
+
+
+def joined(b: Builder, x: str) -> str:
+    """Two maps of one input, concatenated; now and then not of the same kind."""
+    d, k, dtype = b.width, b.shape(x)[-1], b.kind(x)
+    if b.rank(x) == 3 and b.chance(3):
+        turned = b.line(f"{x}.transpose(1, 2).contiguous()")
+        parts = []
+        for _ in range(2):
+            groups = b.pick((1, 1, 1, 2))
+            w = b.weight((d, k // groups, 3), "matrix", dtype)
+            bias = b.weight((d,), "normal", dtype) if b.chance(2) else "None"
+            more = b.pick(("1, 1, 1", "1, 1, 1", "1, 1, 1", "1, 'same', 1"))
+            parts.append(b.line(f"F.conv1d({turned}, {w}, {bias}, {more}, {groups})"))
+        y = b.line(f"torch.cat(({parts[0]}, {parts[1]}), 1)")
+        return b.line(f"{y}.transpose(1, 2)[..., :{d}]")
+    parts = []
+    for out in (d, b.pick((d, 3))):
+        w = b.weight((out, k), "matrix", dtype)
+        bias = b.weight((out,), "normal", dtype) if b.chance(2) else "None"
+        if b.chance(6):
+            parts.append(s.linear(b, x, out))
+        elif b.chance(8):
+            y = b.fresh()
+            b.block(b.pick(_MODES), [f"{y} = F.linear({x}, {w})"])
+            parts.append(b.line(f"{y}.to({dtype})"))
+        else:
+            parts.append(b.line(f"F.linear({x}, {w}, {bias})"))
+        if b.chance(10):
+            b.extra.append(parts[-1])
+        if b.chance(10):
+            b.statement(f"{x}.mul_(2.0)")
+    y = b.line(f"torch.cat(({parts[0]}, {parts[1]}), -1)")
+    return s.linear(b, y, d)
 
 
 def product(b: Builder, x: str) -> str:
