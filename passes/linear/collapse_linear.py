@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from sparsecc.errors import OptionsError
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.convolutions import EXPLICIT, Taps, memory_format, taps
 from sparsecc.passes.analysis.linear import Linear, as_linear, linears
@@ -45,7 +46,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class CollapseLinear(Pass):
-    """Collapse two linear maps with nothing between into one."""
+    """Collapse two linear maps with nothing between into one.
+
+    Attributes:
+        always: also where one map costs more than the two. Its sums are longer then, and round more.
+    """
+
+    always: bool = False
 
     name: ClassVar[str] = "collapse-linear"
     family: ClassVar[str] = "linear"
@@ -54,7 +61,7 @@ class CollapseLinear(Pass):
     exactness: ClassVar[Exactness] = Exactness.EXACT
     pays: ClassVar[str] = "over-parameterized layers, projections behind projections"
     refusals: ClassVar[dict[str, str]] = {
-        "costs-more": "one map has more weights or arithmetic than the two; name the pass to force it",
+        "costs-more": "one map has more weights or arithmetic than the two (pass option always=True)",
         "fan-out": "something else reads the value between them too",
         "border": "zero padding between them would have to pad with the first one's bias",
         "grouped": "the blocks of grouped convolutions do not compose",
@@ -66,6 +73,11 @@ class CollapseLinear(Pass):
         **RECOMPUTED,
         "region": "an autocast or grad-mode region begins or ends between them",
     }
+
+    def __post_init__(self) -> None:
+        given: Any = self.always
+        if not isinstance(given, bool):
+            raise OptionsError(f"pass {self.name!r}: always must be True or False, not {given!r}.")
 
     def find(self, context: Context) -> list[Match]:
         maps = context.analyses.get(linears)
@@ -112,7 +124,7 @@ class CollapseLinear(Pass):
         ):
             return Refusal.at(inner.node, "region", self.refusals["region"])
         source: Match = before if chained and before is not None else match
-        if not context.explicit and not _pays(match, source):
+        if not self.always and not _pays(match, source):
             return Refusal.at(outer.node, "costs-more", self._words(match, source))
         if not _holds(path, inner, outer, context):
             return Refusal.at(outer.node, "layout", self.refusals["layout"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from sparsecc.passes.base import Analyses
 from sparsecc.program import Program
 
 NAME = "collapse-linear"
-NAMED = {"passes": [NAME]}  # named, so that it need not pay
+NAMED: dict[str, Any] = {"passes": {NAME: {"always": True}}}  # it need not pay
 X = torch.randn(3, 5, 6)
 SPACE = torch.randn(2, 4, 13, 11)
 
@@ -71,7 +72,7 @@ SPELLINGS = {
 @pytest.mark.parametrize("how", SPELLINGS)
 def test_spellings(how: str, bias: tuple[bool, bool], dynamic: bool | None) -> None:
     model = randomise(Two(SPELLINGS[how], bias))
-    check_exact(model, X, applied={NAME: 1}, dynamic=dynamic, passes=[NAME])
+    check_exact(model, X, applied={NAME: 1}, dynamic=dynamic, passes={NAME: {"always": True}})
 
 
 def test_input_with_strides_that_the_view_between_would_not_take() -> None:
