@@ -6,7 +6,8 @@ Source algebra. Activation steering adds such a vector to the residual stream (T
 Legal  when c is a weight along the output features, nothing else reads the values between the layer and the
        sum, and the sum has the strides of what it is replaced by. A bias is created where there is none. The
        weight may be shared, and so may the old bias: other readers keep it.
-Exact  in real arithmetic. Only a vector is computed, so it costs nothing in training either.
+Exact  in real arithmetic. Only a vector is computed, so it costs nothing in training either; but there a
+       convolution's bias is left alone, whose gradient rounds three times as much.
 Pays   one addition per element where it is not fused; a weight and a constant become one layer for later folds.
 """
 
@@ -72,6 +73,7 @@ class FoldShift(Pass):
     pays: ClassVar[str] = "hand-written biases, frozen BatchNorm, steering vectors"
     refusals: ClassVar[dict[str, str]] = {
         "fan-out": "something else reads the value before the constant is added",
+        "bias-gradient": "in training: the gradient of a convolution's bias is summed naively, which rounds more",
         "written": "the sum is written in place",
         "layout": "the sum has other strides than the value it is made of",
         "region": "an autocast or grad-mode region begins or ends between the constant and the layer",
@@ -97,6 +99,8 @@ class FoldShift(Pass):
         if stranger is not None:
             words = f"{stranger.name} reads a value before the constant is added"
             return Refusal.at(stranger, "fan-out", words)
+        if context.trains and summand.linear.is_conv:
+            return Refusal.at(match.node, "bias-gradient", self.refusals["bias-gradient"])
         if context.analyses.get(aliases).written(match.node):
             return Refusal.at(match.node, "written", self.refusals["written"])
         if not same_layout(match.node.meta["val"], summand.path[0].meta["val"]):

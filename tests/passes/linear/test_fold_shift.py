@@ -248,3 +248,22 @@ def test_inputs_and_ids_are_untouched() -> None:
     before = tokens.clone()
     check_exact(model, tokens, applied={NAME: 1}, **ONLY)
     assert torch.equal(tokens, before)
+
+
+def test_a_convolution_keeps_its_bias_in_training() -> None:
+    """PyTorch sums its gradient naively: three times eager's rounding error was measured."""
+
+    class Shifted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.c = nn.Conv2d(4, 4, 3), nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x):
+            return self.conv(x) + self.c
+
+    model, x = randomise(Shifted()), torch.randn(2, 4, 6, 6)
+    _, report = run(model, x, passes=[NAME])
+    assert refusals(report, NAME) == ["bias-gradient"]
+    with torch.no_grad():
+        _, report = run(model, x, passes=[NAME])
+    assert report[NAME].applied == 1
