@@ -73,7 +73,7 @@ class FoldShift(Pass):
     pays: ClassVar[str] = "hand-written biases, frozen BatchNorm, steering vectors"
     refusals: ClassVar[dict[str, str]] = {
         "fan-out": "something else reads the value before the constant is added",
-        "bias-gradient": "in training: the gradient of a convolution's bias is summed naively, which rounds more",
+        "bias-gradient": "in training: the gradient of a convolution's bias is summed less exactly",
         "written": "the sum is written in place",
         "layout": "the sum has other strides than the value it is made of",
         "region": "an autocast or grad-mode region begins or ends between the constant and the layer",
