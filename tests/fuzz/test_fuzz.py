@@ -33,8 +33,8 @@ from sparsecc.runtime import fresh
 CHUNKS, CASES = 10, 200
 KINDS = (maps, images, streams)  # programs of their own kind, beside those of ``blocks``
 LEAST = 10  # applications of every pass in the 300 programs below
-# Refusals that 300 programs of a kind may not meet, though the generator can draw them: new draws (another pass)
-# meet others. Each has its own test beside its pass.
+# Refusals that 300 programs of a kind may not meet, though the generator can draw them: new draws (one pass
+# more) meet others. Each has its own test beside its pass.
 RARE = {
     ("raise-rmsnorm", "written"),
     ("raise-activation", "region"),
