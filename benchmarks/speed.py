@@ -103,7 +103,7 @@ def measure(build: Callable[[], Any], limits: dict[str, float]) -> dict[str, Any
             result = call(*inputs)
         difference = float((result - expected).abs().max() / expected.abs().max())
         assert difference < 1e-3, (name, difference)
-    assert report.verified
+    assert report.verified or not any(p.applied for p in report if p.family != "canonical")
     timings = side_by_side(
         {n: (lambda c=c: c(*inputs)) for n, c in calls.items()}, rounds=15, warmup=3
     )
@@ -118,7 +118,7 @@ def measure(build: Callable[[], Any], limits: dict[str, float]) -> dict[str, Any
     entry["floor_ms"] = floor * 1e3
     entry["sparsecc_over_inductor"] = ratio(timings, "sparsecc", "inductor")
     entry["sparsecc_over_freezing"] = ratio(timings, "sparsecc", "freezing")
-    entry["fp64_ratio"] = max(v.worst_ratio for v in report.verdicts)
+    entry["fp64_ratio"] = max((v.worst_ratio for v in report.verdicts), default=1.0)
     entry["applied"] = {p.name: p.applied for p in report if p.applied}
     entry["folded_mib"] = sum(g.folded_bytes for g in report.graphs) / 2**20
     return entry
