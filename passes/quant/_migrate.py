@@ -195,7 +195,8 @@ def _set_operand(program: Program, tail: Tail, index: int, change: Any, origin: 
     old: Any = operand(tail, step)
     build = program.weight(origin, step.node)
     value = build.call(aten.reshape.default, change(_flat(build, old)), list(old.meta["val"].shape))
-    value = build.as_dtype(value, old.meta["val"].dtype)
+    # A vector that the program widens is not rounded to its own dtype again.
+    value = build.as_dtype(value, step.node.meta["val"].dtype)
     program.bring_before(value, step.node)
     step.node.update_arg(1 if step.node.args[1] is old else 0, value)
     step.node.meta[ORIGIN] = origin

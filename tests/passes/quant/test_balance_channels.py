@@ -412,3 +412,23 @@ def test_models(name: str, attention: str) -> None:
     assert report.graph_breaks == []
     assert report.verified
     assert all(v.algebra < 1e-11 for v in report.verdicts)
+
+
+def test_a_factor_that_the_program_widens_is_not_rounded() -> None:
+    """A norm's factor kept in fp32 in a program in fp64."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factor = nn.Parameter(torch.rand(16) + 0.5)
+            self.weight = nn.Parameter(torch.randn(3, 16, dtype=torch.float64))
+
+        def forward(self, x):
+            y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5)
+            return F.linear(y * self.factor, self.weight)
+
+    with torch.no_grad():
+        model = Model()
+        result, report = run(model, X.double(), **ONLY)
+        assert report[NAME].applied == 1
+        assert error(result, model(X.double())) < 1e-12
