@@ -414,3 +414,41 @@ def test_gathered_weights_are_refused() -> None:
         assert error(result, model(ids())) < 1e-12
     assert report[NAME].applied == 5
     assert sum(graph.folded for graph in report.graphs) == 0
+
+
+class Downsample(nn.Module):
+    """ConvNeXt: a norm over channels that stand last, then a convolution over them."""
+
+    def __init__(self, padding: int = 0, groups: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.conv = nn.Conv2d(16, 8, 2, stride=2, padding=padding, groups=groups)
+
+    def forward(self, x):
+        return self.conv(self.norm(x).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_into_a_convolution(groups: int) -> None:
+    model = randomise(Downsample(groups=groups))
+    check_exact(model, torch.randn(2, 6, 6, 16), applied={NAME: 1}, passes=[NAME])
+
+
+def test_a_padded_convolution_would_miss_the_shift_at_its_border() -> None:
+    model = randomise(Downsample(padding=1))
+    with torch.no_grad():
+        _, report = run(model, torch.randn(2, 6, 6, 16), passes=[NAME])
+    assert refusals(report, NAME) == ["reader"]
+
+
+def test_through_pooling_to_a_head() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 3)
+
+        def forward(self, x):
+            y = self.norm(x).permute(0, 3, 1, 2)
+            return self.head(nn.functional.adaptive_avg_pool2d(y, 1).flatten(1))
+
+    check_exact(randomise(Head()), torch.randn(2, 6, 6, 16), applied={NAME: 1}, passes=[NAME])
