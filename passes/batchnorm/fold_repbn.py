@@ -116,14 +116,15 @@ class FoldRepBN(Pass):
 
     @classmethod
     def examples(cls) -> list[Example]:
-        def norm(x: Any, m: Any, v: Any, g: Any, c: Any, eps: float) -> Any:
-            return (x - m) / (v * v + eps) ** 0.5 * g + c
+        # Of x + μ, which is any input as well: e x and e μ do not cancel then, and digits are left.
+        def norm(x: Any, v: Any, g: Any, c: Any, eps: float) -> Any:
+            return x / (v * v + eps) ** 0.5 * g + c
 
         def before(x: Any, m: Any, v: Any, g: Any, c: Any, e: Any, *, eps: float) -> Any:
-            return norm(x, m, v, g, c, eps) + x * e
+            return norm(x, v, g, c, eps) + (x + m) * e
 
         def after(x: Any, m: Any, v: Any, g: Any, c: Any, e: Any, *, eps: float) -> Any:
-            return norm(x, m, v, g + e * (v * v + eps) ** 0.5, c + e * m, eps)
+            return norm(x, v, g + e * (v * v + eps) ** 0.5, c + e * m, eps)
 
         vectors = dict.fromkeys("mvgce", ("d",))
         options = {"eps": (1e-12, 1e-5, 1e-2)}

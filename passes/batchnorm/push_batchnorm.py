@@ -82,10 +82,13 @@ class PushBatchNorm(Pass):
             return Refusal.at(norm.x, "written", f"{norm.x.name} is written in place")
         if not same_layout(norm.node.meta["val"], norm.x.meta["val"]):
             return Refusal.at(norm.node, "layout", self.refusals["layout"])
+        refusal = reads.refusal(norm.node, context)
+        if refusal is not None:
+            return refusal
         for linear in reads.padded:
             if not context.explicit or not _has_known_size(linear):
                 return Refusal.at(linear.node, "border", self.refusals["border"])
-        return reads.refusal(norm.node, context) or context.recomputed(norm.node)
+        return context.recomputed(norm.node)
 
     def rewrite(self, match: Match, context: Context) -> None:
         program, norm = context.program, match.nodes["norm"]
