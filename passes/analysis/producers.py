@@ -17,10 +17,10 @@ from torch import fx
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import is_contiguous, same_layout
-from sparsecc.passes.analysis.stream import carry, readers
+from sparsecc.passes.analysis.stream import carry, other_readers
 from sparsecc.passes.analysis.weights import other_users, weight_values
 from sparsecc.passes.base import Context, Refusal
-from sparsecc.program import MOVED, Program, reads_shape_only
+from sparsecc.program import MOVED, Program
 
 aten = torch.ops.aten
 
@@ -123,7 +123,7 @@ def producers(
     ]
     while stack and found.stop is None:
         node, user, axis, features, shifts = stack.pop()
-        others = [u for u in readers(node) if u is not user and not reads_shape_only(u, node)]
+        others = other_readers(node, user)
         if node in found.path:  # y + y: what is folded once would count twice
             others.append(user)
         found.path.append(node)

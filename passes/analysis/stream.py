@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.sizes import same_shape, same_size
+from sparsecc.program import reads_shape_only
 
 aten = torch.ops.aten
 
@@ -64,6 +65,11 @@ def readers(node: fx.Node) -> list[fx.Node]:
         parts = user.target in _SPLITS
         found.extend([part for part in user.users if part.users] if parts else (user,))
     return list(dict.fromkeys(found))
+
+
+def other_readers(value: fx.Node, reader: fx.Node) -> list[fx.Node]:
+    """Who reads elements of ``value`` besides ``reader``; of a split value, which parts."""
+    return [u for u in readers(value) if u is not reader and not reads_shape_only(u, value)]
 
 
 def size(node: fx.Node, axis: Axis) -> Any:

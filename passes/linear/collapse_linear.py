@@ -25,7 +25,7 @@ from sparsecc.passes.analysis.convolutions import EXPLICIT, Taps, memory_format,
 from sparsecc.passes.analysis.linear import Linear, as_linear, linears
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.reindex import resizable_path, resized
-from sparsecc.passes.analysis.stream import Carried
+from sparsecc.passes.analysis.stream import Carried, other_readers
 from sparsecc.passes.analysis.weights import other_users, weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
@@ -39,7 +39,7 @@ from sparsecc.passes.base import (
     nbytes,
     numel,
 )
-from sparsecc.program import MOVED, WeightBuilder, reads_shape_only
+from sparsecc.program import MOVED, WeightBuilder
 
 aten = torch.ops.aten
 
@@ -97,11 +97,11 @@ class CollapseLinear(Pass):
         inner: Linear = match.nodes["inner"]
         path: Carried = match.nodes["path"]
         weights = context.analyses.get(weight_values)
+        reader = outer.node
         for node, _ in path:
-            readers = [u for u in node.users if not reads_shape_only(u, node)]
-            if len(readers) != 1:
-                other = readers[-1]
+            for other in other_readers(node, reader):
                 return Refusal.at(other, "fan-out", f"{other.name} reads the value between too")
+            reader = node
         if inner.is_transposed or outer.is_transposed:
             return Refusal.at(outer.node, "transposed", self.refusals["transposed"])
         before: Match | None = match.nodes["before"]

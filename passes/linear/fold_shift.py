@@ -24,7 +24,7 @@ from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.linear import Linear, as_linear, linears
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_layout, same_shape, same_size
-from sparsecc.passes.analysis.stream import carry
+from sparsecc.passes.analysis.stream import carry, other_readers
 from sparsecc.passes.analysis.weights import WeightValues, only_axis, weight_values
 from sparsecc.passes.base import (
     Context,
@@ -37,7 +37,7 @@ from sparsecc.passes.base import (
     nbytes,
     numel,
 )
-from sparsecc.program import MOVED, reads_shape_only
+from sparsecc.program import MOVED
 
 aten = torch.ops.aten
 
@@ -52,12 +52,11 @@ class Summand:
     sign: int
     path: tuple[fx.Node, ...]
 
-    def stranger(self) -> fx.Node | None:
-        """Who else reads a value on the path."""
-        for node in self.path:
-            readers = [user for user in node.users if not reads_shape_only(user, node)]
-            if len(readers) != 1:
-                return readers[-1]
+    def stranger(self, total: fx.Node) -> fx.Node | None:
+        """Who reads a value on the path from ``total`` besides the path itself."""
+        for node, reader in zip(self.path, (total, *self.path), strict=False):
+            for other in other_readers(node, reader):
+                return other
         return None
 
 
@@ -87,7 +86,7 @@ class FoldShift(Pass):
             for value, shift, factor in _terms(node):
                 found = _summands(node, value, shift, maps, weights)
                 if found:
-                    chosen = next((s for s in found if s.stranger() is None), found[0])
+                    chosen = next((s for s in found if s.stranger(node) is None), found[0])
                     nodes = {"summand": chosen, "shift": shift, "factor": factor}
                     matches.append(Match(node, nodes))
                     break
@@ -95,7 +94,7 @@ class FoldShift(Pass):
 
     def check(self, match: Match, context: Context) -> Refusal | None:
         summand: Summand = match.nodes["summand"]
-        stranger = summand.stranger()
+        stranger = summand.stranger(match.node)
         if stranger is not None:
             words = f"{stranger.name} reads a value before the constant is added"
             return Refusal.at(stranger, "fan-out", words)

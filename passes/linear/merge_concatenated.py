@@ -19,6 +19,7 @@ from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
+from sparsecc.passes.analysis.stream import other_readers
 from sparsecc.passes.analysis.weights import other_users, weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
@@ -31,7 +32,7 @@ from sparsecc.passes.base import (
     Saving,
     nbytes,
 )
-from sparsecc.program import MOVED, reads_shape_only
+from sparsecc.program import MOVED
 
 aten = torch.ops.aten
 
@@ -88,9 +89,7 @@ class MergeConcatenated(Pass):
                 return Refusal.at(node, "grouped", self.refusals["grouped"])
             if not (part.is_conv or node.target is aten.linear.default) or not _alike(part, first):
                 return Refusal.at(node, "arguments", self.refusals["arguments"])
-            readers = [u for u in node.users if not reads_shape_only(u, node)]
-            if len(readers) != 1:
-                other = next(u for u in readers if u is not match.node)
+            for other in other_readers(node, match.node):
                 return Refusal.at(other, "fan-out", f"{other.name} reads {node.name} too")
             if other_users(part.weight, node, weights):
                 return Refusal.at(node, "tied", f"the weight of {node.name} is shared")

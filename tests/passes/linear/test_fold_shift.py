@@ -267,3 +267,21 @@ def test_a_convolution_keeps_its_bias_in_training() -> None:
     with torch.no_grad():
         _, report = run(model, x, passes=[NAME])
     assert report[NAME].applied == 1
+
+
+def test_one_part_of_a_split() -> None:
+    """A constant behind one part must not reach the other."""
+    model, x = randomise(Shifted(lambda m, x: m.linear(x))), torch.randn(4, 8)
+
+    def both(x):
+        first, second = model.linear(x).split(2, dim=0)
+        return first + model.c, second
+
+    with torch.no_grad():
+        result, report = run(both, x, **ONLY)
+        expected = both(x)
+        assert all(error(a, b) < 1e-6 for a, b in zip(result, expected, strict=True))
+        assert refusals(report, NAME) == ["fan-out"]
+        result, report = run(lambda x: both(x)[0], x, **ONLY)
+        assert error(result, expected[0]) < 1e-6
+    assert report[NAME].applied == 1
