@@ -154,13 +154,17 @@ def check_exact(
         expected = model(*args)
     got = {name: report[name].applied for name in applied}
     assert got == applied, [(p.name, [(r.code, r.reason) for r in p.refusals]) for p in report]
-    results = result if isinstance(result, tuple) else (result,)
-    references = expected if isinstance(expected, tuple) else (expected,)
-    for a, b in zip(results, references, strict=True):
+    agree(result, expected, 1e-12)
+    return report
+
+
+def agree(result: Any, expected: Any, bound: float = 1e-6) -> None:
+    """Assert that one tensor, or a tuple of them, is another to ``bound`` (relative to its largest element)."""
+    pairs = zip(*(v if isinstance(v, tuple) else (v,) for v in (result, expected)), strict=True)
+    for a, b in pairs:
         assert a.dtype == b.dtype
         assert a.shape == b.shape
-        assert error(a, b) < 1e-12
-    return report
+        assert error(a, b) < bound
 
 
 def train(model: nn.Module, step: Callable[..., torch.Tensor], steps: int = 20) -> list[float]:

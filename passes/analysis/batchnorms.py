@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +10,17 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
-from sparsecc.passes.base import Analyses
+from sparsecc.passes.base import Analyses, Context, Refusal
 from sparsecc.program import Program, WeightBuilder
 
 aten = torch.ops.aten
+
+
+# Why a BatchNorm is no affine map with weights; the codes of :meth:`BatchNorm.refusal`.
+NOT_AFFINE: Mapping[str, str] = {
+    "batch-statistics": "it normalizes by the statistics of the batch",
+    "not-a-weight": "its scale, shift or statistics are computed from the input",
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,14 @@ class BatchNorm:
     def reads_only(self, weights: WeightValues) -> bool:
         """Whether it is an affine map with weights: running statistics, nothing computed from the input."""
         return not self.of_the_batch and all(v in weights for v in self.vectors)
+
+    def refusal(self, context: Context) -> Refusal | None:
+        """Why it is none (codes of ``NOT_AFFINE``); None where it is."""
+        if self.of_the_batch:
+            return Refusal.at(self.node, "batch-statistics", NOT_AFFINE["batch-statistics"])
+        if not self.reads_only(context.analyses.get(weight_values)):
+            return Refusal.at(self.node, "not-a-weight", NOT_AFFINE["not-a-weight"])
+        return None
 
     def affine(self, build: WeightBuilder) -> tuple[fx.Node, fx.Node]:
         """(t, h), both [C] and no narrower than fp32, with ``BN(x) = t x + h``; t = γ/√(σ²+ε), h = β − t μ."""

@@ -122,17 +122,14 @@ class Linear:
         """
         lead, *_ = shape = list(weight.meta["val"].shape)
         ones = [1] * (len(shape) - axis - 1)
-        if (
-            self.is_grouped and axis == 1
-        ):  # it holds the features of one group; which group, axis 0 says
+        sizes = [*[1] * axis, -1, *ones]
+        if self.is_grouped and axis == 1:
+            # The axis holds the features of one group; which group it is, axis 0 says.
             groups, features = self.groups, shape[1]
             vector = build.call(aten.reshape.default, vector, [groups, 1, features])
             vector = build.call(aten.expand.default, vector, [groups, lead // groups, features])
-            return build.mul(
-                weight, build.call(aten.reshape.default, vector, [lead, features, *ones])
-            )
-        vector = build.call(aten.reshape.default, vector, [*[1] * axis, -1, *ones])
-        return build.mul(weight, vector)
+            sizes = [lead, features, *ones]
+        return build.mul(weight, build.call(aten.reshape.default, vector, sizes))
 
     def set_input(self, program: Program, x: fx.Node) -> None:
         """Read another activation."""

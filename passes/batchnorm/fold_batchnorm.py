@@ -18,9 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
+from sparsecc.passes.analysis.batchnorms import NOT_AFFINE, BatchNorm, batch_norms
 from sparsecc.passes.analysis.producers import UNFOLDABLE, Producers, producers
-from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
     Context,
@@ -46,8 +45,7 @@ class FoldBatchNorm(Pass):
     exactness: ClassVar[Exactness] = Exactness.EXACT
     pays: ClassVar[str] = "convolutional networks: one pass over each feature map, one kernel"
     refusals: ClassVar[dict[str, str]] = {
-        "batch-statistics": "it normalizes by the statistics of the batch",
-        "not-a-weight": "its scale, shift or statistics are computed from the input",
+        **NOT_AFFINE,
         "producer": "no linear layer or convolution makes what it normalizes",
         **UNFOLDABLE,
         **RECOMPUTED,
@@ -63,11 +61,9 @@ class FoldBatchNorm(Pass):
     def check(self, match: Match, context: Context) -> Refusal | None:
         norm: BatchNorm = match.nodes["norm"]
         found: Producers = match.nodes["producers"]
-        weights = context.analyses.get(weight_values)
-        if norm.of_the_batch:
-            return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
-        if not norm.reads_only(weights):
-            return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
+        refusal = norm.refusal(context)
+        if refusal is not None:
+            return refusal
         if found.stop is not None:
             words = f"{found.stop.name} makes what it normalizes, which is not a linear layer"
             return Refusal.at(found.stop, "producer", words)

@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
-from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
+from sparsecc.passes.analysis.batchnorms import NOT_AFFINE, BatchNorm, batch_norms
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import (
@@ -48,8 +48,7 @@ class FoldRepBN(Pass):
     exactness: ClassVar[Exactness] = Exactness.EXACT
     pays: ClassVar[str] = "networks with RepBN (SLAB): opens the way to the other BatchNorm folds"
     refusals: ClassVar[dict[str, str]] = {
-        "batch-statistics": "it normalizes by the statistics of the batch",
-        "not-a-weight": "its scale, shift or statistics are computed from the input",
+        **NOT_AFFINE,
         "fan-out": "something else reads the BatchNorm too",
         "written": "the input is written in place, maybe between the BatchNorm and the sum",
         "widened": "the sum has another dtype than the BatchNorm",
@@ -75,10 +74,9 @@ class FoldRepBN(Pass):
     def check(self, match: Match, context: Context) -> Refusal | None:
         norm: BatchNorm = match.nodes["norm"]
         mode = context.analyses.get(modes)
-        if norm.of_the_batch:
-            return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
-        if not norm.reads_only(context.analyses.get(weight_values)):
-            return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
+        refusal = norm.refusal(context)
+        if refusal is not None:
+            return refusal
         if context.analyses.get(aliases).written(norm.x):
             return Refusal.at(norm.x, "written", f"{norm.x.name} is written in place")
         if len(norm.node.users) != 1:

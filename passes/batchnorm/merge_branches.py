@@ -13,7 +13,7 @@ Pays   every branch but one: its FLOPs, its reads and writes of the feature map,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -67,7 +67,7 @@ class Group:
     """The branch that stays, and those that it takes."""
 
     host: Branch
-    others: list[Branch] = field(default_factory=list)
+    others: list[Branch]
 
 
 @dataclass(frozen=True)
@@ -189,9 +189,7 @@ class MergeBranches(Pass):
         for branch in group.others:
             flops += numel(result)  # the addition
             if branch.linear is not None:
-                weight = branch.linear.weight.meta["val"]
-                rows = branch.linear.node.meta["val"].shape[branch.linear.feature_axis]
-                flops += 2 * numel(result) * math.prod(weight.shape) // rows
+                flops += branch.linear.flops
         moved = 3 * nbytes(result) * len(group.others)
         return Saving(moved, flops, 2 * len(group.others))
 
@@ -280,15 +278,13 @@ def _groups(places: list[Place], context: Context) -> list[Group]:
         elif pool is not None and node.args[0] in inputs:
             rest.append(Branch(place, node, node.args[0], pool))  # type: ignore[arg-type]
     layers.sort(key=lambda branch: math.prod(branch.taps.kernel), reverse=True)
-    merged: list[Group] = []
-    refused: list[Group] = []
     for host in layers:
         others = [b for b in (*layers, *rest) if b.x is host.x and b is not host]
         fitting = [b for b in others if _first_taps(b, host) is not None]
-        if fitting and not merged:
-            merged.append(Group(host, fitting))
-            refused += [Group(host, [b]) for b in others if b not in fitting]
-    return merged + refused
+        if fitting:
+            misfits = [b for b in others if b not in fitting]
+            return [Group(host, fitting), *(Group(host, [b]) for b in misfits)]
+    return []
 
 
 def _operand(place: Place) -> fx.Node:

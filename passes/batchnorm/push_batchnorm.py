@@ -19,10 +19,9 @@ from torch import fx
 
 from sparsecc.passes.analysis.affine import UNREADABLE, Readers, linear_readers
 from sparsecc.passes.analysis.alias import aliases
-from sparsecc.passes.analysis.batchnorms import BatchNorm, batch_norms
+from sparsecc.passes.analysis.batchnorms import NOT_AFFINE, BatchNorm, batch_norms
 from sparsecc.passes.analysis.linear import Linear, linears
 from sparsecc.passes.analysis.sizes import same_layout
-from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
     Context,
@@ -53,8 +52,7 @@ class PushBatchNorm(Pass):
         "BatchNorm before a classifier (LeViT), or between an activation and a layer"
     )
     refusals: ClassVar[dict[str, str]] = {
-        "batch-statistics": "it normalizes by the statistics of the batch",
-        "not-a-weight": "its scale, shift or statistics are computed from the input",
+        **NOT_AFFINE,
         "layout": "its result has other strides than its input, which readers could see",
         "written": "its input is written in place, maybe before a reader",
         **UNREADABLE,
@@ -74,10 +72,9 @@ class PushBatchNorm(Pass):
     def check(self, match: Match, context: Context) -> Refusal | None:
         norm: BatchNorm = match.nodes["norm"]
         reads: Readers = match.nodes["readers"]
-        if norm.of_the_batch:
-            return Refusal.at(norm.node, "batch-statistics", self.refusals["batch-statistics"])
-        if not norm.reads_only(context.analyses.get(weight_values)):
-            return Refusal.at(norm.node, "not-a-weight", self.refusals["not-a-weight"])
+        refusal = norm.refusal(context)
+        if refusal is not None:
+            return refusal
         if context.analyses.get(aliases).written(norm.x):
             return Refusal.at(norm.x, "written", f"{norm.x.name} is written in place")
         if not same_layout(norm.node.meta["val"], norm.x.meta["val"]):
