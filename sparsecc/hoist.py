@@ -20,7 +20,7 @@ from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import autocasts
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses, nbytes
-from sparsecc.program import WEIGHT, Program, Role, Slot, no_autocast
+from sparsecc.program import WEIGHT, Program, Role, Slot, ancestors, no_autocast
 from sparsecc.shadow import FoldInterpreter
 
 
@@ -131,13 +131,7 @@ def _reads_only_the_shape(node: fx.Node) -> bool:
 
 def _extract(program: Program, frontier: Sequence[fx.Node]) -> tuple[fx.GraphModule, list[fx.Node]]:
     """A graph computing ``frontier`` from the placeholders that it depends on."""
-    needed: set[fx.Node] = set()
-    stack = list(frontier)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
+    needed = ancestors(frontier)
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
     rounded: dict[fx.Node, fx.Node] = {}

@@ -11,7 +11,7 @@ import copy
 import enum
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -323,6 +323,18 @@ def moved_statistics(node: fx.Node) -> list[fx.Node]:
     if target._schema.name.removeprefix("aten::") not in _MOVES_STATISTICS or not node.args[5]:
         return []
     return [value for value in node.args[3:5] if isinstance(value, fx.Node)]
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """``nodes``, and all that they are computed from."""
+    found: set[fx.Node] = set()
+    stack = list(nodes)
+    while stack:
+        node = stack.pop()
+        if node not in found:
+            found.add(node)
+            stack.extend(node.all_input_nodes)
+    return found
 
 
 def is_effect(node: fx.Node) -> bool:

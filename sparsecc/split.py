@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from sparsecc import _torch
+from sparsecc.passes.analysis.weights import is_pure
 from sparsecc.passes.base import nbytes
+from sparsecc.program import ancestors
 
 # What an attribute holds whose value the graph does not know: lint wants some tensor.
 _UNSEEN = torch.empty(0)
@@ -62,7 +64,7 @@ class Split:
             and n not in bound
             and any(u not in constant or u in bound for u in n.users)
         ]
-        needed = _ancestors(frontier)
+        needed = ancestors(frontier)
         for node in self.gm.graph.nodes:  # `constant` is in this order, but for its stand-ins
             if node in needed and node not in copies:
                 copies[node] = self.graph.node_copy(node, copies.__getitem__)
@@ -112,7 +114,7 @@ class Split:
 
     def _worth_keeping(self) -> set[fx.Node]:
         values = dict.fromkeys(self.values[str(n.target)] for n in self._stand_ins() if n.users)
-        read = {v: _ancestors([v]) & self.weights.keys() for v in values if v not in self.weights}
+        read = {v: ancestors([v]) & self.weights.keys() for v in values if v not in self.weights}
         views = {v for v in read if self._views_a_weight(v)}
         kept = {
             v
@@ -129,7 +131,7 @@ class Split:
         return value in self.weights
 
     def _restore(self, value: fx.Node, before: fx.Node, back: dict[fx.Node, fx.Node]) -> None:
-        needed = _ancestors([value])
+        needed = ancestors([value])
         with self.gm.graph.inserting_before(before):
             for node in self.graph.nodes:
                 if node in needed and node not in back:
@@ -147,12 +149,7 @@ def _is_pure(node: fx.Node) -> bool:
     target: Any = node.target
     if target is operator.getitem or _torch.packs(target):
         return True
-    return (
-        isinstance(target, torch._ops.OpOverload)
-        and not target._schema.is_mutable
-        and torch.Tag.nondeterministic_seeded not in target.tags
-        and (target.namespace == "aten" or target is torch.ops.prims.convert_element_type.default)
-    )
+    return is_pure(node) or target is torch.ops.prims.convert_element_type.default
 
 
 def _is_view(node: fx.Node) -> bool:
@@ -175,18 +172,6 @@ def _given_away(graph: fx.Graph, constant: Collection[fx.Node]) -> set[fx.Node]:
         if node in found or node.op != "call_function":
             continue
         if node in constant or _is_view(node):
-            found.add(node)
-            stack.extend(node.all_input_nodes)
-    return found
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """``nodes``, and all that they are computed from."""
-    found: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in found:
             found.add(node)
             stack.extend(node.all_input_nodes)
     return found
