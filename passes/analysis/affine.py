@@ -96,7 +96,7 @@ def affine_tail(value: fx.Node, size: Any, weights: WeightValues) -> Tail:
 
 def affine_step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> Step | None:
     """``user`` as one step after ``value``: a cast, or arithmetic with a weight [size] or a number."""
-    if user.op != "call_function" or not isinstance(user.meta.get("val"), torch.Tensor):
+    if user.op != "call_function" or not _are_tensors(user, value):
         return None
     if user.target in _CASTS and user.args[0] is value:
         return Step("cast", user) if user.meta["val"].dtype.is_floating_point else None
@@ -123,6 +123,11 @@ def affine_step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues)
     if other is value or not weights.is_vector(other, size):
         return None
     return Step(kind, user, other)
+
+
+def _are_tensors(*nodes: fx.Node) -> bool:
+    """An operand may also be a symbolic number, that of a float input for one."""
+    return all(isinstance(node.meta.get("val"), torch.Tensor) for node in nodes)
 
 
 # Why an affine map cannot move into what reads its result; the codes of :meth:`Readers.refusal`.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import sparsecc
 import torch
 from support import (
     agree,
@@ -201,6 +202,19 @@ def test_a_sliced_input_keeps_its_scale() -> None:
         expected = model.linear(X.repeat(1, 1, 2)[:, 1:, ::2] / model.scale)
     assert error(result, expected) < 1e-6
     assert refusals(report, NAME) == ["layout"]
+
+
+def test_a_symbolic_number_is_no_weight() -> None:
+    """With dynamic=True a Python float is an input of the graph, and an operand without a shape."""
+    model = randomise(Block()).eval().requires_grad_(False)
+    report = sparsecc.Report()
+    options = {**ONLY, "lower": "aot_eager", "report": report, "strict": True}
+    fast = torch.compile(
+        lambda x, s: model(x * s + s), backend="sparsecc", options=options, dynamic=True
+    )
+    for number in (0.5, 1.75):
+        assert error(fast(X, number), model(X * number + number)) < 1e-6
+    assert report.graphs[-1].passes[NAME].applied == 1
 
 
 def test_training_and_gathered_weights_are_refused_unless_named() -> None:
