@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import sparsecc
 import torch
 from support import (
     agree,
@@ -18,6 +17,8 @@ from support import (
     run,
 )
 from torch import nn
+
+import sparsecc
 
 NAME = "push-affine"
 ONLY = {"passes": [NAME]}
