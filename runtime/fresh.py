@@ -8,7 +8,7 @@ differs is folded again, in place and without recompiling.
 
 from __future__ import annotations
 
-import ctypes
+import pathlib
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -18,10 +18,17 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from sparsecc.runtime.native import Later, extension
+
 Fold = Callable[[Sequence[torch.Tensor]], list[torch.Tensor]]
 
 SAMPLES = 16  # elements of each source that the content check reads
 
+_SOURCE = pathlib.Path(__file__).with_name("fresh.cpp")
+_native = Later(
+    lambda: extension("sparsecc_fresh", _SOURCE.read_text(encoding="utf-8")).Watch,
+    "weights are checked in Python, which is slower",
+)
 _version = attrgetter("_version")
 _address = torch.Tensor.data_ptr
 _folded: weakref.WeakSet[_Entry] = weakref.WeakSet()
@@ -33,6 +40,7 @@ class FreshWeights:
 
     Args:
         fold: evaluates all weight expressions from the sources.
+        positions: of the sources among the graph's arguments.
         freshness: "probe" (identity, address, version, samples), "version" (no samples) or "hash" (every
             element).
         in_place: write refreshed weights into the memory of the old ones, so that addresses hold still for CUDA
@@ -41,24 +49,37 @@ class FreshWeights:
     ``folds`` counts evaluations. Safe to call from several threads.
     """
 
-    def __init__(self, fold: Fold, freshness: str = "probe", in_place: bool = True) -> None:
+    def __init__(
+        self,
+        fold: Fold,
+        positions: Sequence[int],
+        freshness: str = "probe",
+        in_place: bool = True,
+    ) -> None:
         self._fold, self._freshness, self._in_place = fold, freshness, in_place
+        self._positions = list(positions)
         # One compiled layer may serve every layer of a model; an entry goes when its weights do.
         self._entries: dict[tuple[int, ...], _Entry] = {}
+        self._last: _Entry | None = None
         self._lock = threading.RLock()
         self.folds = 0
         _watch_optimizers()
 
-    def get(self, sources: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The folded weights for the present values of ``sources``."""
-        entry = self._entries.get(tuple(map(id, sources)))
-        if entry is not None and entry.fresh(sources):
-            return entry.folded
-        with self._lock:
-            entry = self._entries.get(tuple(map(id, sources)))
-            if entry is None or not entry.fresh(sources):
-                entry = self._refold(entry, sources)
-            return entry.folded
+    def get(self, args: tuple[Any, ...]) -> list[torch.Tensor]:
+        """The folded weights for the present values of the sources among ``args``."""
+        last = self._last
+        if last is not None and last.fresh(args):
+            return last.folded
+        sources = [args[i] for i in self._positions]
+        key = tuple(map(id, sources))
+        entry = self._entries.get(key)
+        if entry is None or entry is last or not entry.fresh(args):
+            with self._lock:
+                entry = self._entries.get(key)
+                if entry is None or not entry.fresh(args):
+                    entry = self._refold(entry, sources)
+        self._last = entry
+        return entry.folded
 
     def _refold(self, entry: _Entry | None, sources: Sequence[torch.Tensor]) -> _Entry:
         self.folds += 1
@@ -66,7 +87,7 @@ class FreshWeights:
         # What is compared later is read before the fold: a change during it shows at the next call.
         if entry is not None:
             entry.changed = False
-        state = _State(sources, self._freshness)
+        state = _State(self._positions, sources, self._freshness)
         folded = self._fold(sources)
         if entry is not None and self._in_place and _same_layout(entry.folded, folded):
             with torch.inference_mode(False), torch.no_grad():
@@ -81,7 +102,8 @@ class FreshWeights:
         return entry
 
     def drop(self, key: tuple[int, ...]) -> None:
-        self._entries.pop(key, None)
+        if self._entries.pop(key, None) is self._last:
+            self._last = None
 
 
 class _Entry:
@@ -97,38 +119,83 @@ class _Entry:
         self.state, self.folded, self.refs, self.ids = state, folded, refs, ids
         self.changed = False
 
-    def fresh(self, sources: Sequence[torch.Tensor]) -> bool:
-        return not self.changed and self.state.matches(sources)
+    def fresh(self, args: tuple[Any, ...]) -> bool:
+        state = self.state
+        if self.changed or not state.matches(args):
+            return False
+        if state.watch is None and _native.get() is not None and state.plain:
+            newer = state.again(args)
+            if state.matches(
+                args
+            ):  # nothing changed before the newer look, and it sees what changes later
+                self.state = newer
+        return True
 
 
 class _State:
-    """What the sources looked like: addresses, versions, and samples or a hash of their contents."""
+    """What the sources looked like: which, where, their versions, and samples or a hash of their contents."""
 
-    def __init__(self, sources: Sequence[torch.Tensor], freshness: str) -> None:
+    def __init__(
+        self, positions: list[int], sources: Sequence[torch.Tensor], freshness: str
+    ) -> None:
+        self._positions, self._freshness = positions, freshness
+        self.plain = all(type(s) in _PLAIN and s.layout is torch.strided for s in sources)
         # Tensors made in inference mode count no versions; their contents are checked all the same.
-        self.all_counted = not any(s.is_inference() for s in sources)
-        self.versions = _versions(sources, self.all_counted)
-        self.addresses = list(map(_address, sources))
-        self.contents: list[_Samples] = []
-        if freshness != "version":
-            groups: dict[Any, list[torch.Tensor]] = {}
-            for source in sources:
+        self._all_counted = not any(s.is_inference() for s in sources)
+        self._ids = list(map(id, sources))
+        self._versions = self._count(sources)
+        self._addresses = list(map(_address, sources))
+        watch = _native.get() if self.plain else None
+        groups: dict[Any, list[torch.Tensor]] = {}
+        sampled: list[torch.Tensor] = []
+        for source in sources if freshness != "version" else ():
+            if watch is not None and freshness == "probe" and source.device.type == "cpu":
+                sampled.append(source)
+            else:
                 groups.setdefault((source.dtype, source.device), []).append(source)
-            kind = _Hash if freshness == "hash" else _samples
-            self.contents = [kind(group) for group in groups.values()]
+        kind = _Hash if freshness == "hash" else _Samples
+        self._contents = [kind(group) for group in groups.values()]
+        with torch.inference_mode(False), torch.no_grad():
+            self._views = list(map(_strided, sampled))  # they keep the memory from being freed
+            self.watch: Any = None
+            if watch is not None:
+                self.watch = watch(positions, list(sources), *_addresses(self._views))
 
-    def matches(self, sources: Sequence[torch.Tensor]) -> bool:
+    def again(self, args: tuple[Any, ...]) -> _State:
+        """What they look like now."""
+        return _State(self._positions, [args[i] for i in self._positions], self._freshness)
+
+    def matches(self, args: tuple[Any, ...]) -> bool:
+        same = self._same(args) if self.watch is None else self.watch.matches(args)
+        return same and all(c.unchanged() for c in self._contents)
+
+    def _same(self, args: tuple[Any, ...]) -> bool:
+        sources = [args[i] for i in self._positions]
         return (
-            self.addresses == list(map(_address, sources))
-            and self.versions == _versions(sources, self.all_counted)
-            and all(c.unchanged() for c in self.contents)
+            self._ids == list(map(id, sources))
+            and self._addresses == list(map(_address, sources))
+            and self._versions == self._count(sources)
         )
 
+    def _count(self, sources: Sequence[torch.Tensor]) -> list[int]:
+        if self._all_counted:
+            return list(map(_version, sources))
+        return [-1 if s.is_inference() else s._version for s in sources]
 
-def _versions(sources: Sequence[torch.Tensor], all_counted: bool) -> list[int]:
-    if all_counted:
-        return list(map(_version, sources))
-    return [-1 if s.is_inference() else s._version for s in sources]
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _addresses(views: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Where the elements of ``views`` lie, and how many have one, two, four and eight bytes."""
+    found: dict[int, list[torch.Tensor]] = {1: [], 2: [], 4: [], 8: []}
+    for view in views:
+        size = view.element_size()
+        where = view.data_ptr() + size * view.stride(0) * torch.arange(len(view))
+        # A complex128 is two of eight bytes.
+        found[min(size, 8)] += [where + offset for offset in range(0, size, 8)]
+    each = [torch.cat([torch.empty(0, dtype=torch.int64), *group]) for group in found.values()]
+    return torch.cat(each), tuple(map(len, each))
 
 
 class _Samples:
@@ -149,39 +216,6 @@ class _Samples:
             self._read()
             # equal() of NaN is false: a model with NaN weights is folded at each call, and is right
             return bool(torch.equal(self.now, self.before))
-
-
-class _Gathered(_Samples):
-    """The same elements of CPU tensors, read by one gather from all memory: five times faster than ``cat``.
-
-    They are compared by their bits, so that a NaN equals itself. The views keep the memory from being freed.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            self.views = [v for v in map(_strided, tensors) if v.numel()]
-            size = tensors[0].element_size()
-            where = [v.data_ptr() + size * v.stride(0) * torch.arange(len(v)) for v in self.views]
-            addresses = torch.cat(where)
-            first, last = int(addresses.min()), int(addresses.max())
-            memory = (ctypes.c_byte * (last + size - first)).from_address(first)
-            self.memory = torch.frombuffer(memory, dtype=_BITS[size])
-            self.index = (addresses - first) // size
-            self.now = self.memory.new_empty(len(addresses))
-            self.before = self._read().clone()
-
-    def _read(self) -> torch.Tensor:
-        return torch.index_select(self.memory, 0, self.index, out=self.now)
-
-
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _samples(tensors: Sequence[torch.Tensor]) -> _Samples:
-    size = tensors[0].element_size()
-    can = tensors[0].device.type == "cpu" and size in _BITS and any(t.numel() for t in tensors)
-    aligned = can and all(t.data_ptr() % size == 0 for t in tensors)
-    return _Gathered(tensors) if aligned else _Samples(tensors)
 
 
 class _Hash(_Samples):

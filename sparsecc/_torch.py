@@ -260,6 +260,20 @@ def toolchain_problem(error: BaseException | None) -> str:
     return ""
 
 
+def cpp_compiler() -> str:
+    """The C++ compiler that Inductor uses; its own exception where there is none."""
+    from torch._inductor import cpp_builder  # imports much, and at the first build is soon enough
+
+    return str(cpp_builder.get_cpp_compiler())
+
+
+def cache_folder() -> str:
+    """The folder in which Inductor keeps what it builds."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return str(cache_dir())
+
+
 def _in_cache_folder(path: object) -> bool:
     folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or os.path.join(
         tempfile.gettempdir(), "torchinductor_"

@@ -184,14 +184,14 @@ def _at_each_call(
         return [*dense, *ready]
 
     # Packed weights may be views of their sources, which a refresh in place would write.
-    fresh = FreshWeights(prepare, options.freshness, not packed)
+    fresh = FreshWeights(prepare, sources, options.freshness, not packed)
     get = fresh.get
 
     def call(*args: Any) -> Any:
-        return inner(*[args[i] for i in keep], *get([args[i] for i in sources]))
+        return inner(*[args[i] for i in keep], *get(args))
 
     def call_packed(*args: Any) -> Any:
-        values = get([args[i] for i in sources])
+        values = get(args)
         packing.hand_over(values[folds:])  # type: ignore[union-attr]
         return inner(*[args[i] for i in keep], *values[:folds])
 

@@ -41,6 +41,10 @@ class PassError(SparseccError):
     """A pass failed inside; names the pass, the node and the user's source line (``strict=True``)."""
 
 
+class BuildError(SparseccError):
+    """A native library could not be built; whoever asked for it does without, and says so."""
+
+
 class ModelError(SparseccError):
     """A model named on the command line could not be loaded."""
 

@@ -27,8 +27,8 @@ LONGEST = 500  # lines
 GROUND_FLOOR = ("sparsecc.program", "sparsecc.errors")
 ALLOWED = {
     "passes": (*GROUND_FLOOR, "sparsecc.passes"),
-    "runtime": (*GROUND_FLOOR, "sparsecc.runtime"),
-    "codegen": (*GROUND_FLOOR, "sparsecc.codegen", "sparsecc.runtime"),
+    "runtime": (*GROUND_FLOOR, "sparsecc._torch", "sparsecc.runtime"),
+    "codegen": (*GROUND_FLOOR, "sparsecc._torch", "sparsecc.codegen", "sparsecc.runtime"),
 }
 
 SHIM = "sparsecc/_torch.py"

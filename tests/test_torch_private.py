@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -462,3 +464,9 @@ def test_without_new_guards() -> None:
     assert _torch.without_new_guards(mode, lambda v: v.shape[0] * 2, x) == x.shape[0] * 2
     plain = FakeTensorMode()
     assert _torch.without_new_guards(plain, lambda: 3) == 3
+
+
+def test_compiler_and_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    assert shutil.which(_torch.cpp_compiler())
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert _torch.cache_folder() == str(tmp_path)

@@ -15,6 +15,9 @@ from support import PreNorm, error, ids, randomise
 from torch import nn
 
 import sparsecc
+from sparsecc.errors import BuildError
+from sparsecc.runtime import fresh
+from sparsecc.runtime.native import Later
 
 OPTIONS = {"lower": "eager", "require": {"layernorm-to-rmsnorm": 5, "fold-norm-affine": 5}}
 
@@ -93,8 +96,26 @@ UPDATES = {
 }
 
 
+@pytest.fixture(params=["C++", "Python"])
+def checker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Weights are checked natively, or as where there is no compiler."""
+    if request.param == "C++":
+        assert fresh._native.wait() is not None
+    else:
+        monkeypatch.setattr(fresh, "_native", without_compiler())
+    return request.param
+
+
+def without_compiler() -> Later:
+    def make() -> None:
+        raise BuildError("no compiler")
+
+    return Later(make, "checked in Python")
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("update", UPDATES, ids=str)
+@pytest.mark.usefixtures("checker")
 def test_update_after_compile(update: str, mode) -> None:
     model = randomise(PreNorm()).eval()
     fast = compiled(model)
@@ -105,10 +126,10 @@ def test_update_after_compile(update: str, mode) -> None:
     with mode():
         stale = fast(ids())
         again = fast(ids())
-        fresh = compiled(copy.deepcopy(model))(ids())
+        expected = compiled(copy.deepcopy(model))(ids())
         reference = copy.deepcopy(model).double()(ids())
     assert error(before, reference) > 1e-3, "the update must be visible, or the test shows nothing"
-    assert error(stale, reference) <= max(error(fresh, reference), 1e-12)
+    assert error(stale, reference) <= max(error(expected, reference), 1e-12)
     assert torch.equal(stale, again)
 
 
@@ -148,6 +169,7 @@ class BufferScale(nn.Module):
         return self.linear(nn.functional.layer_norm(x, (16,), self.scale))
 
 
+@pytest.mark.usefixtures("checker")
 @pytest.mark.parametrize("how", ["in place", "data", "assigned"])
 def test_buffer_updated(how: str) -> None:
     model = randomise(BufferScale()).eval()
@@ -165,6 +187,7 @@ def test_buffer_updated(how: str) -> None:
         assert error(fast(x), model(x)) < 1e-6
 
 
+@pytest.mark.usefixtures("checker")
 def test_statistics_updated_by_training_elsewhere() -> None:
     """BatchNorm's kernels write running statistics without moving their version counters."""
     norm = nn.BatchNorm1d(16)
@@ -180,6 +203,7 @@ def test_statistics_updated_by_training_elsewhere() -> None:
         assert error(fast(x), model(x)) < 1e-6
 
 
+@pytest.mark.usefixtures("checker")
 def test_one_graph_serves_several_sets_of_weights() -> None:
     """Blocks compiled one by one share a graph; each must see its own weights, without refolding."""
     model = randomise(PreNorm(layers=4)).eval()
@@ -208,6 +232,7 @@ def fresh_weights(monkeypatch: pytest.MonkeyPatch) -> list:
     return made
 
 
+@pytest.mark.usefixtures("checker")
 def test_folds_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fresh_weights(monkeypatch)
     model = randomise(PreNorm()).eval()
@@ -223,6 +248,7 @@ def test_folds_once_while_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> No
     assert [f.folds for f in made] == [2]
 
 
+@pytest.mark.usefixtures("checker")
 def test_many_layers_through_one_graph_fold_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fresh_weights(monkeypatch)
     model = randomise(PreNorm(layers=70)).eval()
@@ -246,6 +272,7 @@ def test_an_optimizer_of_another_model_folds_nothing(monkeypatch: pytest.MonkeyP
     assert [f.folds for f in made] == [1]
 
 
+@pytest.mark.usefixtures("checker")
 def test_dead_weights_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     made = fresh_weights(monkeypatch)
     model = randomise(PreNorm()).eval()
@@ -259,6 +286,7 @@ def test_dead_weights_are_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [len(f._entries) for f in made] == [1]
 
 
+@pytest.mark.usefixtures("checker")
 def test_threads_see_the_update() -> None:
     model = randomise(PreNorm()).eval()
     fast = compiled(model)
@@ -298,6 +326,7 @@ def test_the_model_is_not_touched() -> None:
     assert model.head.weight is model.embed.weight
 
 
+@pytest.mark.usefixtures("checker")
 @pytest.mark.parametrize("freshness", ["probe", "version", "hash"])
 def test_modes_of_checking(freshness: str) -> None:
     model = randomise(PreNorm()).eval()
@@ -343,3 +372,53 @@ def test_verify_catches_stale_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.compile(model, backend="sparsecc", options={"lower": "eager", "verify": "final"})(
             ids()
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.complex128, torch.int8])
+def test_samples_of_every_width(dtype: torch.dtype) -> None:
+    """A write that moves no version is seen in weights of one to sixteen bytes, at any address."""
+    watch = fresh._native.wait()
+    assert watch is not None
+    for offset in (0, 1):
+        storage = torch.zeros(64 * 16 + 1, dtype=torch.uint8)
+        weight = storage[offset * dtype.itemsize :][: 16 * dtype.itemsize].view(dtype)
+        state = fresh._State([1], [weight], "probe")
+        assert state.watch is not None
+        assert state.matches((None, weight))
+        assert not state.matches((None, weight.clone()))
+        assert not state.matches((weight,))
+        weight.data[-1] = 1
+        assert not state.matches((None, weight))
+
+
+def test_the_faster_check_takes_over_and_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = fresh_weights(monkeypatch)
+    native = fresh._native
+    assert native.wait() is not None
+    monkeypatch.setattr(fresh, "_native", without_compiler())
+    model = randomise(PreNorm()).eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        fast(ids())
+        monkeypatch.setattr(fresh, "_native", native)
+        data_in_place(model)
+        assert error(fast(ids()), model(ids())) < 1e-5  # seen in Python
+        fast(ids())
+        (entry,) = made[0]._entries.values()
+        assert entry.state.watch is not None
+        data_in_place(model)
+        assert error(fast(ids()), model(ids())) < 1e-5
+    assert made[0].folds == 3
+
+
+def test_a_watch_says_what_is_wrong() -> None:
+    watch = fresh._native.wait()
+    none, one = torch.empty(0, dtype=torch.int64), torch.ones(1)
+    with pytest.raises(ValueError, match="as many positions"):
+        watch([0, 1], [one], none, (0, 0, 0, 0))
+    with pytest.raises(ValueError, match="counts"):
+        watch([0], [one], none, (0, 0, 1, 0))
+    with pytest.raises(TypeError, match="no tensor"):
+        watch([0], [1.0], none, (0, 0, 0, 0))
+    with pytest.raises(TypeError, match="tuple"):
+        watch([0], [one], none, (0, 0, 0, 0)).matches([one])
