@@ -35,10 +35,14 @@ REWRITES: dict[str, str] = {
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
     "layernorm-to-crmsnorm": "sparsecc.passes.norm.layernorm_to_crmsnorm:LayerNormToCRMSNorm",
     "balance-channels": "sparsecc.passes.quant.balance_channels:BalanceChannels",
+    "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
 }
 
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
-BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels"})
+BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", "fuse-few-rows"})
+
+# They make regions for generated kernels: with a preset they run where ``codegen`` asks for kernels.
+FOR_KERNELS = frozenset({"fuse-few-rows"})
 
 # preset -> the passes that it runs; only bitwise and exact ones may stand here.
 PRESETS: dict[str, tuple[str, ...]] = {

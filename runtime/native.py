@@ -60,7 +60,7 @@ def library(
     try:
         compiler = _torch.cpp_compiler()
         command = [compiler, *FLAGS, *flags, *_platform(libraries)]
-        stem = f"{name}-{_hash(source, *command, _version(compiler), *_machine())}"
+        stem = f"{name}-{_hash(source, *command, _version(compiler), *machine())}"
         home = folder()
         found = _kept(home, stem)
         if found is None:
@@ -191,7 +191,7 @@ def _version(compiler: str) -> str:
 
 
 @functools.cache
-def _machine() -> tuple[str, ...]:
+def machine() -> tuple[str, ...]:
     """What else the machine code depends on: PyTorch, Python, the CPU's instructions."""
     cpu = platform.processor()
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsecc import _torch, pipeline
+from sparsecc import _torch, kernels, pipeline
 from sparsecc.capture import from_dynamo
 from sparsecc.dump.stages import GraphStages, Stage
 from sparsecc.errors import CaptureError, PassError, SparseccError, first_line
@@ -127,6 +127,8 @@ def _compile(
         hoisted = None if program.recomputes else hoist(program)
     main = program if hoisted is None else hoisted.main
     main.module.recompile()
+    with _timed(record, "kernels"):
+        kernels.select(main, options, record)
     for instrument in instruments:
         instrument.stage("lowered", main, True)
     keep: Sequence[int] = range(len(example_inputs))

@@ -15,7 +15,7 @@ from sparsecc.passes.base import Pass
 _CHOICES = {
     "preset": tuple(registry.PRESETS),
     "verify": ("off", "final", "each"),
-    "codegen": ("auto", "aten"),
+    "codegen": ("auto", "aten", "cpp"),
     "lower": ("inductor", "aot_eager", "eager"),
     "freshness": ("probe", "version", "hash"),
 }
@@ -33,7 +33,9 @@ class Options:
         require: pass name -> least number of applications (``2``, ``">=1"`` or ``"==12"``); missing it raises.
         strict: raise where sparsecc would otherwise fall through to Inductor.
         verify: "off"; "final": compare the compiled graph with fp64 at its first call; "each": every pass too.
-        codegen: "aten" or "auto" (every region runs by its ATen meaning in this release).
+        codegen: what runs a region that has a kernel: "aten" (its meaning, through Inductor), "cpp" (generated
+            C++, on CPU), "auto" (the faster of both, measured once for each region and machine). Other than
+            with "aten", the passes that make such regions run too.
         lower: who compiles the rewritten graph: "inductor", "aot_eager" (PyTorch's autograd, no code
             generation) or "eager".
         freshness: how changed weights are noticed at each call: "probe" (identity, address, version and a
@@ -56,7 +58,7 @@ class Options:
     require: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     strict: bool = False
     verify: str = "off"
-    codegen: str = "auto"
+    codegen: str = "aten"
     lower: str = "inductor"
     freshness: str = "probe"
     prepack: bool = True
@@ -92,7 +94,10 @@ class Options:
         if self.passes is not None:
             chosen = dict(self.passes)
         else:
-            chosen = {name: registry.load(name)() for name in registry.PRESETS[self.preset]}
+            names = set(registry.PRESETS[self.preset])
+            if names and self.codegen != "aten":
+                names |= registry.FOR_KERNELS
+            chosen = {name: registry.load(name)() for name in names}
         return [chosen[n] for n in registry.REWRITES if n in chosen and n not in self.disable]
 
     @property

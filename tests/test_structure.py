@@ -26,7 +26,7 @@ LONGEST = 500  # lines
 # Folder -> what of sparsecc its files may import. The driver may import everything.
 GROUND_FLOOR = ("sparsecc.program", "sparsecc.errors")
 ALLOWED = {
-    "passes": (*GROUND_FLOOR, "sparsecc.passes"),
+    "passes": (*GROUND_FLOOR, "sparsecc.passes", "sparsecc.runtime.ops"),
     "runtime": (*GROUND_FLOOR, "sparsecc._torch", "sparsecc.runtime"),
     "codegen": (*GROUND_FLOOR, "sparsecc._torch", "sparsecc.codegen", "sparsecc.runtime"),
 }

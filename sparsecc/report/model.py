@@ -91,6 +91,18 @@ class Verdict:
 
 
 @dataclass
+class KernelChoice:
+    """What runs one region: "cpp" or "aten", with the seconds of both where they were measured."""
+
+    region: str
+    shape: str
+    chosen: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    reason: str = ""  # why it was not measured
+    count: int = 1  # regions of this form
+
+
+@dataclass
 class GraphReport:
     """One captured graph: its size, what became of it, and where the time went."""
 
@@ -102,6 +114,7 @@ class GraphReport:
     folded: int = 0
     folded_bytes: int = 0
     packed: int = 0  # weights in a layout of the CPU's kernels
+    kernels: list[KernelChoice] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     passes: dict[str, PassReport] = field(default_factory=dict)
     verdicts: list[Verdict] = field(default_factory=list)

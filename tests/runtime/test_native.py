@@ -45,7 +45,7 @@ def test_what_decides_the_code_decides_the_name(what: str, monkeypatch: pytest.M
     elif what == "flags":
         flags = ("-O1",)
     elif what == "CPU":
-        monkeypatch.setattr(native, "_machine", lambda: ("another",))
+        monkeypatch.setattr(native, "machine", lambda: ("another",))
     else:
         monkeypatch.setattr(native, "_version", lambda _: "another")
     second = native.library("answer", source, flags)

@@ -1,0 +1,7 @@
+"""C++ for CPUs, emitted from the specs of the ``sparsecc::`` operators."""
+
+from __future__ import annotations
+
+from sparsecc.codegen.cpp import few_rows
+
+__all__ = ["few_rows"]

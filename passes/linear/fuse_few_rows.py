@@ -1,0 +1,304 @@
+"""Products of a few rows with weights, together with the norm before and what follows element by element.
+
+Law.   f(norm(x)W₁ᵀ, norm(x)W₂ᵀ, …) in one operator: each product, sum and function is the program's own.
+Source algebra; the regions are those of decoding: norm and q, k, v; gate, up and their product; the output
+       projections and the residual.
+Legal  in inference, in float32, for contiguous weights, where the rows are few and known. A norm goes along
+       when nothing else reads its result. What follows goes along while nothing else reads what it reads, it
+       keeps the shape, and its other operands stand before the first product.
+Exact  in real arithmetic: sums are taken in another order.
+Pays   where reading the weights is the time: one pass over them for several products, no launch and no pass
+       over memory for the rest. Whether the generated kernel or Inductor's code runs is measured.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from sparsecc.passes.analysis.alias import Aliases, aliases
+from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
+from sparsecc.passes.analysis.weights import WeightValues, weight_values
+from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
+from sparsecc.runtime.ops.few_rows import Spec, few_rows, meaning
+
+aten = torch.ops.aten
+
+MOST_ROWS = 16  # above, products are bound by arithmetic, which the libraries are good at
+
+
+@dataclass
+class _Value:
+    """The text of a value inside the region, and the node whose value it is."""
+
+    text: str
+    node: fx.Node
+
+
+@dataclass
+class Region:
+    """One operator to be: its input, the norm before, and its outputs as they grow."""
+
+    x: fx.Node
+    linears: list[fx.Node]
+    norm: str = "none"
+    eps: float | None = 0.0
+    weights: list[fx.Node] = field(default_factory=list)
+    operands: list[fx.Node] = field(default_factory=list)
+    outputs: list[_Value] = field(default_factory=list)
+    inside: list[fx.Node] = field(default_factory=list)
+
+    def spec(self) -> Spec:
+        texts = [
+            ast.unparse(ast.parse(value.text)) for value in self.outputs
+        ]  # without needless brackets
+        return Spec(self.norm, self.eps, tuple(texts))
+
+
+@dataclass(frozen=True)
+class FuseFewRows(Pass):
+    """Fuse products of a few rows with the norm before and what follows."""
+
+    name: ClassVar[str] = "fuse-few-rows"
+    family: ClassVar[str] = "linear"
+    law: ClassVar[str] = "f(norm(x)W₁ᵀ, norm(x)W₂ᵀ, …) as one operator"
+    source: ClassVar[str] = "algebra"
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    pays: ClassVar[str] = "decoding: every weight is read once a token, and nothing else is"
+    refusals: ClassVar[dict[str, str]] = {
+        "training": "gradients flow, and the operator has no backward",
+        "rows": f"more than {MOST_ROWS} rows, or a number that is not known",
+        "dtype": "the input or a weight is not float32 on a CPU",
+        "layout": "a weight is not contiguous",
+        "written": "something that the operator reads is written in place",
+        "region": "an autocast or grad-mode region begins or ends inside",
+    }
+
+    def find(self, context: Context) -> list[Match]:
+        weights = context.analyses.get(weight_values)
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for node in context.program.calls(aten.linear.default):
+            x, weight, *bias = node.args
+            known = weight in weights and all(b is None or b in weights for b in bias)
+            if isinstance(x, fx.Node) and known and weight.meta["val"].dim() == 2:  # type: ignore[union-attr]
+                groups.setdefault(x, []).append(node)
+        return [Match(nodes[0], {"linears": nodes}) for nodes in groups.values()]
+
+    def check(self, match: Match, context: Context) -> Refusal | None:
+        linears: list[fx.Node] = match.nodes["linears"]
+        first = linears[0]
+        if context.trains:
+            return Refusal.at(first, "training", self.refusals["training"])
+        for node in linears:
+            refusal = _operands_refusal(node, self.refusals)
+            if refusal is not None:
+                return refusal
+        x: Any = first.args[0]
+        sizes = x.meta["val"].shape[:-1]
+        if not all(isinstance(s, int) for s in sizes) or not 1 <= sizes.numel() <= MOST_ROWS:
+            return Refusal.at(first, "rows", f"{self.refusals['rows']}: {list(sizes)}")
+        weights = match.nodes["weights"] = context.analyses.get(weight_values)
+        region = match.nodes["region"] = _grow(linears, weights)
+        match.note = " | ".join([region.norm, *region.spec().outputs])
+        return _place_refusal(region, context, self.refusals)
+
+    def rewrite(self, match: Match, context: Context) -> None:
+        program = context.program
+        weights: WeightValues = match.nodes["weights"]
+        # Once more: what it reads may be another region's result by now.
+        region = _grow(match.nodes["linears"], weights)
+        args = (region.x, region.weights, region.operands, region.spec().text())
+        first = min(region.linears)
+        for weight in (*region.weights, *region.operands):
+            if weight in weights:
+                program.bring_before(weight, first)
+        fused = program.call(few_rows, args, like=first, origin=self.name, before=first)
+        for j, value in enumerate(region.outputs):
+            result = program.call(
+                operator.getitem,
+                (fused, j),
+                like=value.node,
+                origin=self.name,
+                before=first,
+                val=fused.meta["val"][j],
+            )
+            value.node.replace_all_uses_with(result)
+        program.version += 1
+
+    def saving(self, match: Match, context: Context) -> Saving:
+        region: Region = match.nodes["region"]
+        gone = [node for node in region.inside if node not in {v.node for v in region.outputs}]
+        return Saving(2 * sum(map(nbytes, gone)), launches=len(region.inside) - 1)
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        spec = Spec("rms", 1e-6, ("silu(p0) * p1 + v0", "p2 + t1"))
+
+        def before(x: Any, g: Any, u: Any, w: Any, b: Any, r: Any) -> Any:
+            rows = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+            gate = rows @ g.transpose(0, 1)
+            gated = gate * torch.sigmoid(gate) * (rows @ u.transpose(0, 1)) + b
+            return torch.cat([gated, rows @ w.transpose(0, 1) + r], -1)
+
+        def after(x: Any, g: Any, u: Any, w: Any, b: Any, r: Any) -> Any:
+            return torch.cat(meaning(x, [g, u, w], [b, r], spec.text()), -1)
+
+        shapes = {"x": ("n", "d"), "g": ("k", "d"), "u": ("k", "d"), "w": ("h", "d")}
+        operands = {"b": ("k",), "r": ("n", "h")}
+        return [Example(before, after, {**shapes, **operands}, ("g", "u", "w", "b"))]
+
+
+def _operands_refusal(node: fx.Node, words: dict[str, str]) -> Refusal | None:
+    tensors = [a for a in node.all_input_nodes if a is not node]
+    for value in (node, *tensors):
+        fake = value.meta["val"]
+        if fake.dtype is not torch.float32 or fake.device.type != "cpu":
+            return Refusal.at(value, "dtype", words["dtype"])
+    if not all(is_contiguous(weight.meta["val"]) for weight in tensors[1:]):
+        return Refusal.at(node, "layout", words["layout"])
+    return None
+
+
+def _place_refusal(region: Region, context: Context, words: dict[str, str]) -> Refusal | None:
+    """Everything moves in front of the first product: nothing on the way may change what it reads."""
+    alias: Aliases = context.analyses.get(aliases)
+    mode = context.analyses.get(modes)
+    first = min(region.linears)
+    for value in (region.x, *region.operands):
+        if alias.written(value):
+            return Refusal.at(value, "written", f"{value.name} is written in place")
+    for node in region.inside:
+        if mode[node] != mode[first]:
+            return Refusal.at(node, "region", words["region"])
+    return None
+
+
+# ---- growing a region ------------------------------------------------------------------------------
+
+_UNARY = {
+    aten.silu.default: "silu",
+    aten.relu.default: "relu",
+    aten.sigmoid.default: "sigmoid",
+    aten.tanh.default: "tanh",
+}
+_BINARY = {
+    aten.add.Tensor: "+",
+    aten.sub.Tensor: "-",
+    aten.mul.Tensor: "*",
+    aten.div.Tensor: "/",
+    aten.add.Scalar: "+",
+    aten.mul.Scalar: "*",
+}
+
+
+def _grow(linears: Sequence[fx.Node], weights: WeightValues) -> Region:
+    x: Any = linears[0].args[0]
+    region = Region(x, list(linears), inside=list(linears))
+    _take_norm(region, x)
+    for i, node in enumerate(linears):
+        _, weight, *bias = node.args
+        region.weights.append(weight)  # type: ignore[arg-type]
+        text = f"p{i}"
+        if bias and bias[0] is not None:
+            text = f"{text} + {_operand(region, 'v', bias[0])}"
+        region.outputs.append(_Value(text, node))
+    while any(_step(region, value, weights) for value in list(region.outputs)):
+        pass
+    return region
+
+
+def _take_norm(region: Region, x: fx.Node) -> None:
+    """The norm that makes x, where the products alone read it and it has no scale and shift of its own."""
+    kinds = {aten.rms_norm.default: ("rms", 3), aten.layer_norm.default: ("layer", 4)}
+    kind, place = kinds.get(x.target, ("", 0))  # type: ignore[arg-type]
+    if not kind or set(x.users) != set(region.linears):
+        return
+    source, shape, *affine = x.args[:place]
+    eps = (
+        x.args[place] if len(x.args) > place else x.kwargs.get("eps", 1e-5 if place == 4 else None)
+    )
+    one = isinstance(shape, (list, tuple)) and len(shape) == 1
+    if not one or any(a is not None for a in affine):
+        return
+    if not isinstance(eps, float) and (eps is not None or kind != "rms"):
+        return
+    if not isinstance(source, fx.Node) or source.meta["val"].dtype is not torch.float32:
+        return
+    region.x, region.norm, region.eps = source, kind, eps
+    region.inside.append(x)
+
+
+def _operand(region: Region, kind: str, node: Any) -> str:
+    if node not in region.operands:
+        region.operands.append(node)
+    return f"{kind}{region.operands.index(node)}"
+
+
+def _step(region: Region, value: _Value, weights: WeightValues) -> bool:
+    """Take the one reader of ``value`` into the region, if it can go along."""
+    if value not in region.outputs or len(value.node.users) != 1:
+        return False
+    (user,) = value.node.users
+    fake = user.meta.get("val")
+    if user.op != "call_function" or user.kwargs or not isinstance(fake, torch.Tensor):
+        return False
+    if fake.dtype is not torch.float32 or not same_shape(fake.shape, value.node.meta["val"].shape):
+        return False
+    if user.target in _UNARY:
+        text = f"{_UNARY[user.target]}({value.text})"
+    elif user.target == aten.gelu.default:
+        text = f"gelu({value.text})"
+    elif user.target in _BINARY and len(user.args) == 2:
+        joined = _joined(region, value, user, weights)
+        if joined is None:
+            return False
+        text = joined
+    else:
+        return False
+    region.inside.append(user)
+    region.outputs = [v for v in region.outputs if v.node not in user.all_input_nodes or v is value]
+    value.text, value.node = text, user
+    return True
+
+
+def _joined(region: Region, value: _Value, user: fx.Node, weights: WeightValues) -> str | None:
+    """The text of a binary operation, or None where its other side is not to be had."""
+    sides = []
+    for side in user.args:
+        if side is value.node:
+            sides.append(f"({value.text})")
+            continue
+        other = next((v for v in region.outputs if v.node is side), None)
+        if other is not None:
+            if len(other.node.users) != 1:
+                return None
+            sides.append(f"({other.text})")
+        elif isinstance(side, (int, float)) and not isinstance(side, bool):
+            sides.append(repr(side))
+        elif isinstance(side, fx.Node):
+            kind = _kind(region, value, side, weights)
+            if kind is None:
+                return None
+            sides.append(_operand(region, kind, side))
+        else:
+            return None
+    return f"{sides[0]} {_BINARY[user.target]} {sides[1]}"
+
+
+def _kind(region: Region, value: _Value, side: fx.Node, weights: WeightValues) -> str | None:
+    """Whether ``side`` is a vector over features ("v"), a tensor of the output's shape ("t"), or neither."""
+    fake = side.meta.get("val")
+    if not isinstance(fake, torch.Tensor) or fake.dtype is not torch.float32:
+        return None
+    mine = value.node.meta["val"]
+    if side in weights:
+        return "v" if fake.dim() == 1 and same_shape(fake.shape, mine.shape[-1:]) else None
+    early = side < min(region.linears) and fake.device.type == "cpu"
+    return "t" if early and same_shape(fake.shape, mine.shape) else None

@@ -1,0 +1,1 @@
+"""The ``sparsecc::`` operators: a schema, shapes, and a meaning in ATen; devices register their kernels."""

@@ -1,0 +1,97 @@
+"""Pointwise expressions as text: ``silu(p0) * p1 + t0``. One text has an ATen and a C++ meaning.
+
+The grammar is Python's for ``+ - * /``, unary minus, numbers, names, and calls of ``FUNCTIONS``.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+}
+_BINARY: Mapping[type[ast.operator], tuple[Callable[..., Any], str]] = {
+    ast.Add: (operator.add, "+"),
+    ast.Sub: (operator.sub, "-"),
+    ast.Mult: (operator.mul, "*"),
+    ast.Div: (operator.truediv, "/"),
+}
+
+
+def parse(text: str) -> ast.expr:
+    """The tree of ``text``.
+
+    Raises:
+        ValueError: not of the grammar.
+    """
+    try:
+        tree = ast.parse(text, mode="eval").body
+    except SyntaxError as error:
+        raise ValueError(f"expression {text!r}: {error.msg}") from error
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            function = node.func
+            known = isinstance(function, ast.Name) and function.id in FUNCTIONS
+            valid = known and len(node.args) == 1 and not node.keywords
+        elif isinstance(node, ast.BinOp):
+            valid = type(node.op) in _BINARY
+        elif isinstance(node, ast.UnaryOp):
+            valid = isinstance(node.op, ast.USub)
+        elif isinstance(node, ast.Constant):
+            valid = isinstance(node.value, (int, float)) and not isinstance(node.value, bool)
+        else:
+            valid = isinstance(node, (ast.Name, ast.operator, ast.unaryop, ast.expr_context))
+        if not valid:
+            raise ValueError(f"expression {text!r}: {ast.unparse(node)!r} is not of the grammar")
+    return tree
+
+
+def names(tree: ast.expr) -> list[str]:
+    """The operands, each once, in the order of the text."""
+    called = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.Name) and id(n) not in called]
+    found.sort(key=lambda n: (n.lineno, n.col_offset))
+    return list(dict.fromkeys(n.id for n in found))
+
+
+def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
+    """The value in ATen, operation by operation as the text says."""
+    if isinstance(tree, ast.Name):
+        return values[tree.id]
+    if isinstance(tree, ast.Constant):
+        return tree.value
+    if isinstance(tree, ast.UnaryOp):
+        return -evaluate(tree.operand, values)
+    if isinstance(tree, ast.BinOp):
+        function, _ = _BINARY[type(tree.op)]
+        return function(evaluate(tree.left, values), evaluate(tree.right, values))
+    assert isinstance(tree, ast.Call)
+    assert isinstance(tree.func, ast.Name)
+    return FUNCTIONS[tree.func.id](evaluate(tree.args[0], values))
+
+
+def to_cpp(tree: ast.expr, values: Mapping[str, str]) -> str:
+    """C++ for one element in fp32; ``values`` are the operands' own C++."""
+    if isinstance(tree, ast.Name):
+        return values[tree.id]
+    if isinstance(tree, ast.Constant):
+        return f"{float(tree.value)!r}f"  # type: ignore[arg-type]
+    if isinstance(tree, ast.UnaryOp):
+        return f"-{to_cpp(tree.operand, values)}"
+    if isinstance(tree, ast.BinOp):
+        _, symbol = _BINARY[type(tree.op)]
+        return f"({to_cpp(tree.left, values)} {symbol} {to_cpp(tree.right, values)})"
+    assert isinstance(tree, ast.Call)
+    assert isinstance(tree.func, ast.Name)
+    return f"{tree.func.id}({to_cpp(tree.args[0], values)})"

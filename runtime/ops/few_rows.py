@@ -1,0 +1,121 @@
+"""``sparsecc::few_rows``: a norm, one or more products with weights, and what follows them element by element.
+
+Decoding reads every weight once for a row or a few, so its time is that of reading the weights: whatever else
+happens on the way should cost no pass of its own over memory, and no launch.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sparsecc.runtime.ops import expressions
+
+NORMS = ("none", "rms", "layer")
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What one kernel computes: out_j[m, n] = f_j(p.[m, n], v.[n], t.[m, n]), p_i = norm(x) W_iᵀ.
+
+    Attributes:
+        norm: over the features of x, without scale or shift: "none", "rms" or "layer".
+        eps: of the norm; None for ``rms_norm``'s own default, which depends on the dtype.
+        outputs: expressions over p0, p1, … (products, by weight), v0, … (vectors over features) and t0, …
+            (tensors of the output's shape); vectors and tensors share one count, by operand.
+    """
+
+    norm: str
+    eps: float | None
+    outputs: tuple[str, ...]
+
+    @functools.cached_property
+    def trees(self) -> list[expressions.ast.expr]:
+        return [expressions.parse(text) for text in self.outputs]
+
+    def weights(self, output: int) -> list[int]:
+        """The weights that an output reads; all have its number of features."""
+        found = expressions.names(self.trees[output])
+        return sorted(int(name[1:]) for name in found if name[0] == "p")
+
+    def operands(self, output: int) -> list[str]:
+        return [name for name in expressions.names(self.trees[output]) if name[0] != "p"]
+
+    def text(self) -> str:
+        return json.dumps({"norm": self.norm, "eps": self.eps, "outputs": list(self.outputs)})
+
+    @classmethod
+    @functools.cache
+    def of(cls, text: str) -> Spec:
+        """The spec of a text.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            data = json.loads(text)
+            eps = None if data["eps"] is None else float(data["eps"])
+            spec = cls(data["norm"], eps, tuple(data["outputs"]))
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"few_rows: {text!r} is no spec") from error
+        if spec.norm not in NORMS:
+            raise ValueError(f"few_rows: norm {spec.norm!r} is none of {', '.join(NORMS)}")
+        for j, output in enumerate(spec.outputs):
+            if not spec.weights(j):
+                raise ValueError(f"few_rows: {output!r} reads no product")
+        return spec
+
+
+def normalized(spec: Spec, x: torch.Tensor) -> torch.Tensor:
+    if spec.norm == "rms":
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], eps=spec.eps)
+    if spec.norm == "layer":
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=spec.eps or 0.0)
+    return x
+
+
+def meaning(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], kernel: str
+) -> list[torch.Tensor]:
+    """The operator in ATen.
+
+    Args:
+        x: ``[..., K]``.
+        weights: ``[N_i, K]`` each.
+        operands: ``[N]`` or ``[..., N]`` each, as ``kernel`` names them.
+        kernel: the text of a :class:`Spec`.
+
+    Returns:
+        One ``[..., N]`` for each output of the spec.
+    """
+    spec = Spec.of(kernel)
+    rows = normalized(spec, x)
+    values = {f"p{i}": torch.nn.functional.linear(rows, w) for i, w in enumerate(weights)}
+    values.update((f"{kind}{i}", operand) for i, operand in enumerate(operands) for kind in "vt")
+    return [expressions.evaluate(tree, values) for tree in spec.trees]
+
+
+def _shapes(
+    x: torch.Tensor, weights: Sequence[torch.Tensor], operands: Sequence[torch.Tensor], kernel: str
+) -> list[torch.Tensor]:
+    del operands
+    spec = Spec.of(kernel)
+    first = [weights[spec.weights(j)[0]] for j in range(len(spec.outputs))]
+    return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in first]
+
+
+_SIGNATURE = "(Tensor x, Tensor[] weights, Tensor[] operands, str kernel) -> Tensor[]"
+_LIBRARY = torch.library.Library("sparsecc", "FRAGMENT")
+_LIBRARY.define("few_rows" + _SIGNATURE)
+_LIBRARY.define("few_rows_native" + _SIGNATURE)
+_LIBRARY.impl("few_rows", meaning, "CompositeImplicitAutograd")
+torch.library.register_fake("sparsecc::few_rows_native", _shapes, lib=_LIBRARY)
+
+# The operator as programs have it: wherever it is traced through, it is its meaning.
+few_rows = torch.ops.sparsecc.few_rows.default
+# The same by a generated kernel, on CPU: ``codegen.cpp.few_rows.load`` must have loaded that of the spec.
+few_rows_native = torch.ops.sparsecc.few_rows_native.default

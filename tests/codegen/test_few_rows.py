@@ -1,0 +1,259 @@
+"""Kernels of ``sparsecc::few_rows`` against fp64, over shapes, layouts, special values and threads."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+from sparsecc.codegen.cpp import few_rows as generator
+from sparsecc.runtime.ops import expressions
+from sparsecc.runtime.ops.few_rows import Spec, few_rows, few_rows_native, meaning
+
+SPECS = {
+    "one": Spec("none", 0.0, ("p0",)),
+    "q, k, v": Spec("rms", 1e-6, ("p0", "p1 + v0", "p2")),
+    "gate and up": Spec("layer", 1e-5, ("silu(p0) * p1",)),
+    "residual": Spec("none", 0.0, ("t0 + p0",)),
+    "everything": Spec(
+        "rms",
+        None,
+        ("-gelu(p0 + v0) / (2 + sigmoid(p1))", "relu(tanh(p2) - 0.125) * t1", "gelu_tanh(p2)"),
+    ),
+}
+FEATURES = {"one": (7,), "q, k, v": (8, 3, 5), "gate and up": (9, 9), "residual": (6,)}
+FEATURES["everything"] = (5, 5, 13)
+ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3)]
+SIZES = [1, 3, 8, 16, 33, 96, 577]
+
+
+def inputs(name: str, rows: tuple[int, ...], size: int, dtype: torch.dtype = torch.float32):
+    features = FEATURES[name]
+    x = torch.randn(*rows, size)
+    weights = [torch.randn(n, size) / size**0.5 for n in features]
+    spec = SPECS[name]
+    operands: list[torch.Tensor] = []
+    for j in range(len(spec.outputs)):
+        for operand in spec.operands(j):
+            n = features[spec.weights(j)[0]]
+            operands.append(torch.randn(n) if operand[0] == "v" else torch.randn(*rows, n))
+    return x.to(dtype), [w.to(dtype) for w in weights], [o.to(dtype) for o in operands]
+
+
+def squares(results, exact) -> torch.Tensor:
+    """Mean squares of the errors, as shares of the exact values' own (where those are not all zero)."""
+    pairs = zip(results, exact, strict=True)
+    return torch.stack(
+        [(r.double() - e).square().mean() / (e.square().mean() or 1.0) for r, e in pairs]
+    )
+
+
+def check(name: str, *cases) -> None:
+    """Over all ``cases``, each output's root mean square error is at most 1.5 times that of its meaning."""
+    text = SPECS[name].text()
+    generator.load(SPECS[name])
+    ours, aten = [], []
+    for x, weights, operands in cases:
+        got = few_rows_native(x, weights, operands, text)
+        plain = meaning(x, weights, operands, text)
+        exact = meaning(x.double(), wide(weights), wide(operands), text)
+        assert [g.shape for g in got] == [p.shape for p in plain]
+        assert all(g.is_contiguous() for g in got)
+        ours.append(squares(got, exact))
+        aten.append(squares(plain, exact))
+    bound = 1.5 * torch.stack(aten).mean(0).sqrt()
+    rounding = 2 * torch.finfo(torch.float32).eps
+    assert (torch.stack(ours).mean(0).sqrt() <= bound.clamp(min=rounding)).all()
+
+
+def wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.double() for t in tensors]
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_as_near_to_fp64_as_aten(name: str, rows: tuple[int, ...]) -> None:
+    check(name, *(inputs(name, rows, size) for size in SIZES))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_inputs_that_are_not_contiguous(name: str) -> None:
+    x, weights, operands = inputs(name, (3,), 20)
+    x = x.t().contiguous().t()
+    weights = [w.repeat(1, 2)[:, ::2] for w in weights]
+    operands = [torch.stack([o, o], -1)[..., 0] for o in operands]
+    check(name, (x, weights, operands))
+
+
+def test_addresses_that_are_not_aligned() -> None:
+    x, weights, operands = inputs("one", (2,), 33)
+    shifted = [torch.cat([torch.zeros(1), w.flatten()])[1:].view_as(w) for w in weights]
+    x = torch.cat([torch.zeros(1), x.flatten()])[1:].view_as(x)
+    check("one", (x, shifted, operands))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    generator.load(SPECS["one"])
+    text = SPECS["one"].text()
+    x, weight = torch.randn(shape), torch.randn(7, shape[-1])
+    (got,) = few_rows_native(x, [weight], [], text)
+    assert torch.equal(got, meaning(x, [weight], [], text)[0])
+
+
+@pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", SPECS)
+def test_special_values_propagate(name: str, special: float) -> None:
+    generator.load(SPECS[name])
+    text = SPECS[name].text()
+    for place in ("x", "weight", "operand"):
+        x, weights, operands = inputs(name, (3,), 33)
+        if place == "x":
+            x[1, 5] = special
+        elif place == "weight":
+            weights[0][2, 7] = special
+        elif operands:
+            operands[0].view(-1)[1] = special
+        got = few_rows_native(x, weights, operands, text)
+        # In fp64: PyTorch's own gelu(inf) in fp32 is NaN in vector code and infinity in scalar code.
+        expected = meaning(x.double(), wide(weights), wide(operands), text)
+        for g, e in zip(got, expected, strict=True):
+            assert torch.equal(g.isnan(), e.isnan())
+            assert torch.equal(g.isfinite(), e.isfinite())
+            assert torch.equal(g[g.isinf()].double(), e[e.isinf()])
+
+
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is full of NaN when the kernel gets it is not there when it returns."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        for name, spec in SPECS.items():
+            generator.load(spec)
+            for rows in ROWS:
+                results = few_rows_native(*inputs(name, rows, 17), spec.text())
+                assert all(r.isfinite().all() for r in results)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_same_bits_run_to_run_and_for_any_number_of_threads() -> None:
+    generator.load(SPECS["q, k, v"])
+    x, weights, operands = inputs("q, k, v", (3,), 577)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(few_rows_native(x, weights, operands, SPECS["q, k, v"].text()))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_two_threads_at_once() -> None:
+    for spec in SPECS.values():
+        generator.load(spec)
+    wrong: list[str] = []
+
+    def work(seed: int) -> None:
+        for name, spec in list(SPECS.items())[:: 1 if seed else -1]:
+            x, weights, operands = inputs(name, (2,), 65)
+            expected = meaning(x, weights, operands, spec.text())
+            for _ in range(50):
+                got = few_rows_native(x, weights, operands, spec.text())
+                if not all(
+                    torch.allclose(g, e, atol=1e-5) for g, e in zip(got, expected, strict=True)
+                ):
+                    wrong.append(name)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_opcheck() -> None:
+    generator.load(SPECS["q, k, v"])
+    args = (*inputs("q, k, v", (2, 3), 16), SPECS["q, k, v"].text())
+    torch.library.opcheck(few_rows_native, args, test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(few_rows, args, test_utils=("test_schema", "test_faketensor"))
+
+
+WRONG = {
+    "is not \\[features, size of x\\]": lambda x, w, o: (x, [w[0][:, 1:], *w[1:]], o),
+    "differ in features": lambda x, w, o: (x, [w[0], w[1][1:]], o),
+    "float32 on CPU": lambda x, w, o: (x.double(), w, o),
+    "not as large": lambda x, w, o: (x, w, [o[0][1:]]),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_wrong_arguments_are_named(words: str) -> None:
+    spec = Spec("none", 0.0, ("p0 * p1 + v0",))
+    generator.load(spec)
+    x, weights = torch.randn(2, 8), [torch.randn(5, 8), torch.randn(5, 8)]
+    args = WRONG[words](x, weights, [torch.randn(5)])
+    with pytest.raises(RuntimeError, match=words):
+        few_rows_native(*args, spec.text())
+
+
+def test_a_kernel_that_is_not_loaded_is_named() -> None:
+    spec = Spec("none", 0.0, ("p0 * 3.25",))
+    with pytest.raises(RuntimeError, match=r"no kernel is loaded for .*3\.25"):
+        few_rows_native(torch.randn(1, 4), [torch.randn(2, 4)], [], spec.text())
+
+
+# ---- specs and expressions ---------------------------------------------------------------------------
+
+
+def test_a_spec_is_its_text() -> None:
+    for spec in SPECS.values():
+        assert Spec.of(spec.text()) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is no spec"),
+        ('{"norm": "rms"}', "is no spec"),
+        ('{"norm": "batch", "eps": 0, "outputs": ["p0"]}', "norm 'batch' is none of"),
+        ('{"norm": "rms", "eps": 0, "outputs": ["v0"]}', "reads no product"),
+        ('{"norm": "rms", "eps": 0, "outputs": ["p0 +"]}', "invalid syntax"),
+    ],
+)
+def test_a_text_that_is_no_spec(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Spec.of(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "p0 ** 2",
+        "open(p0)",
+        "p0.real",
+        "relu(p0, p1)",
+        "[p0]",
+        "lambda: 0",
+        "True",
+        "'p0'",
+        "p0 if p1 else 0",
+    ],
+)
+def test_what_is_not_of_the_grammar(text: str) -> None:
+    with pytest.raises(ValueError, match="is not of the grammar"):
+        expressions.parse(text)
+
+
+def test_the_source_says_what_it_computes() -> None:
+    text = generator.source(SPECS["gate and up"])
+    head = text.split("#include")[0]
+    assert "out0[m, n] = silu(p0) * p1" in head
+    assert "(x - mean(x)) / sqrt(var(x) + 1e-05)" in head
+    assert "float32 on CPU, for any number of rows m, features n and size k" in head
+    assert generator.load(SPECS["gate and up"]).with_suffix(".cpp").read_text() == text
