@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.regions import modes
-from sparsecc.passes.analysis.sizes import same_shape
+from sparsecc.passes.analysis.sizes import same_shape, same_size
+from sparsecc.passes.analysis.stream import is_tensor
 from sparsecc.passes.base import Analyses
 from sparsecc.program import Program, Role
 
@@ -101,6 +103,20 @@ def only_axis(vector: fx.Node, rank: int) -> int | None:
     if len(wide) != 1 or len(shape) > rank:
         return None
     return wide[0] + rank - len(shape)
+
+
+def axis_along(vector: Any, value: Any, result: fx.Node, weights: WeightValues) -> int | None:
+    """The axis of ``value`` along which ``result`` combines it with the weight ``vector``, one of each feature.
+
+    None where ``vector`` is no such weight, or ``value`` is one too, or has another shape than ``result``.
+    """
+    if not is_tensor(value) or value in weights or vector not in weights:
+        return None
+    shape = result.meta["val"].shape
+    axis = only_axis(vector, len(shape))
+    if axis is None or not same_size(vector.meta["val"].shape.numel(), shape[axis]):
+        return None
+    return axis if same_shape(value.meta["val"].shape, shape) else None
 
 
 def _matrices(weight: fx.Node, weights: WeightValues) -> list[fx.Node]:

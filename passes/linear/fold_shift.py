@@ -23,9 +23,9 @@ from torch import fx
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.linear import Linear, as_linear, linears
 from sparsecc.passes.analysis.regions import modes
-from sparsecc.passes.analysis.sizes import same_layout, same_shape, same_size
+from sparsecc.passes.analysis.sizes import same_layout
 from sparsecc.passes.analysis.stream import carry, other_readers
-from sparsecc.passes.analysis.weights import WeightValues, only_axis, weight_values
+from sparsecc.passes.analysis.weights import WeightValues, axis_along, weight_values
 from sparsecc.passes.base import (
     Context,
     Exactness,
@@ -167,20 +167,15 @@ def _summands(
     node: fx.Node, value: Any, shift: Any, maps: dict[fx.Node, Linear], weights: WeightValues
 ) -> list[Summand]:
     """The linear maps over whose output features ``shift`` lies, and of which ``value`` is a sum."""
-    if not isinstance(value, fx.Node) or value in weights or shift not in weights:
-        return []
-    result = node.meta["val"]
-    axis = only_axis(shift, result.dim())
-    if axis is None or not same_size(shift.meta["val"].shape.numel(), result.shape[axis]):
-        return []
-    if not same_shape(value.meta["val"].shape, result.shape):
+    axis = axis_along(shift, value, node, weights)
+    if axis is None:
         return []
     found = []
     seen: set[fx.Node] = set()
     stack: list[tuple[fx.Node, int, int, tuple[fx.Node, ...]]] = [(value, axis, 1, (value,))]
     while stack:
         current, at, sign, path = stack.pop()
-        if current in seen or current.meta["val"].dtype != result.dtype:
+        if current in seen or current.meta["val"].dtype != node.meta["val"].dtype:
             continue  # behind a cast, the constant would be rounded to the narrower type
         seen.add(current)
         linear = maps.get(current)

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
 
 from sparsecc.passes.analysis.producers import UNFOLDABLE, Producers, producers
-from sparsecc.passes.analysis.sizes import same_shape, same_size
-from sparsecc.passes.analysis.weights import WeightValues, only_axis, weight_values
+from sparsecc.passes.analysis.weights import axis_along, weight_values
 from sparsecc.passes.base import (
     RECOMPUTED,
     Context,
@@ -56,7 +54,7 @@ class FoldLayerScale(Pass):
         for node in context.program.calls(aten.mul.Tensor):
             operands: Any = node.args[:2]
             for value, factor in (operands, operands[::-1]):
-                axis = _scaled_axis(node, value, factor, weights)
+                axis = axis_along(factor, value, node, weights)
                 if axis is None:
                     continue
                 found = producers(value, axis, node, context, shift=False)
@@ -92,16 +90,3 @@ class FoldLayerScale(Pass):
 
         shapes = {"x": ("n", "k"), "W": ("d", "k"), "b": ("d",), "g": ("d",)}
         return [Example(before, after, shapes, ("W", "b", "g"), symbolic=True)]
-
-
-def _scaled_axis(node: fx.Node, value: Any, factor: Any, weights: WeightValues) -> int | None:
-    """The axis of ``value`` that ``node`` multiplies by the weight ``factor``, if it does just that."""
-    if not isinstance(value, fx.Node) or value in weights or factor not in weights:
-        return None
-    result = node.meta["val"]
-    if not same_shape(value.meta["val"].shape, result.shape):
-        return None
-    axis = only_axis(factor, result.dim())
-    if axis is None or not same_size(factor.meta["val"].shape.numel(), result.shape[axis]):
-        return None
-    return axis

@@ -83,6 +83,15 @@ def branches(b: Builder, x: str) -> str:
     return s.activation(b, total) if b.chance(2) else total
 
 
+def mixer(b: Builder, x: str) -> str:
+    """FastViT: the input, and the scaled difference of two convolutions and its BatchNorm."""
+    c = b.shape(x)[1]
+    y, z = (batch_norm(b, convolution(b, x, c, kernel, 1)) for kernel in (3, 1))
+    total = b.line(b.pick((f"{y} + {z} - {batch_norm(b, x)}", f"{y} - {x} * 2", f"-{y} - {z}")))
+    scale = b.weight((1, c, 1, 1), "scale")
+    return b.line(b.pick((f"{x} + {total} * {scale}", f"{scale} * {total} - {x}")))
+
+
 def joined(b: Builder, x: str) -> str:
     """BatchNorm over a sum or a concatenation."""
     out, kernel = b.pick((4, 6)), b.pick((1, 3))
@@ -119,5 +128,5 @@ def shifted(b: Builder, x: str) -> str:
 _LAYERS = (
     *(normalized,) * 5,
     *(branches,) * 3,
-    *(before, before, joined, joined, progressive, twice, residual, shifted),
+    *(before, before, joined, joined, progressive, twice, residual, shifted, mixer),
 )

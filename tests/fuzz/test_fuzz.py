@@ -57,6 +57,7 @@ RARE = {
     ("push-batchnorm", "layout"),
     ("merge-branches", "fan-out"),
     ("merge-branches", "layout"),
+    ("merge-branches", "scale"),
     ("merge-branches", "written"),
     ("push-affine", "gathered"),
     ("push-affine", "layout"),

@@ -178,15 +178,8 @@ FAMILIES = {
     "RepVGG": Family("repvgg_a0", fold=44, merge=22),
     "MobileOne": Family(mobileone, fold=38, merge=9),
     "RepLKNet": Family(replknet, fold=13, push=4, merge=2, size=32),
-    # Its mixer x + s·(conv(x) − BN(x)) is one convolution, but merge-branches takes no differences.
-    "FastViT": Family(
-        "fastvit_t8",
-        fold=28,
-        merge=14,
-        left=4,
-        codes=({"producer": 12}, {"reader": 12}),
-        options={"layers": (1, 1, 1, 1)},
-    ),
+    # Its mixer is x + s·(conv(x) + BN(x) − BN(x)).
+    "FastViT": Family("fastvit_t8", fold=28, merge=14, options={"layers": (1, 1, 1, 1)}),
     # BatchNorm between an activation and a sum; the last one goes into the classifier.
     "ConvMixer": Family(
         convmixer,

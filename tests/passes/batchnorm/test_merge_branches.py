@@ -6,7 +6,16 @@ import copy
 
 import pytest
 import torch
-from support import check_exact, check_training, error, managed_by_fsdp, randomise, refusals, run
+from support import (
+    check_exact,
+    check_training,
+    error,
+    left,
+    managed_by_fsdp,
+    randomise,
+    refusals,
+    run,
+)
 from torch import nn
 from torch.nn import functional as F
 
@@ -243,6 +252,192 @@ def test_fine_tuning_walks_the_same_path() -> None:
     check_training(lambda: randomise(Frozen()), applied={NAME: 1}, passes=[NAME])
 
 
+# ---- signs and scales ----------------------------------------------------------------------------
+
+
+class Signed(nn.Module):
+    """Two convolutions, a BatchNorm and a scale, and how they meet."""
+
+    def __init__(self, join, groups: int = 1, scale: tuple[int, ...] = (4, 1, 1)) -> None:
+        super().__init__()
+        self.large = nn.Conv2d(4, 4, 3, padding=1, groups=groups)
+        self.small = nn.Conv2d(4, 4, 1, groups=groups, bias=False)
+        self.norm, self.scale, self.join = nn.BatchNorm2d(4), nn.Parameter(torch.ones(scale)), join
+
+    def forward(self, x):
+        return self.join(self, x)
+
+
+def mixer(m, x):
+    """RepMixer of FastViT."""
+    return x + (m.large(x) + m.small(x) - m.norm(x)) * m.scale
+
+
+SIGNED = {
+    "mixer": mixer,
+    "difference": lambda m, x: m.small(x) - m.large(x),
+    "all negative": lambda m, x: -(m.small(x) + m.norm(x)) - m.large(x),
+    "alpha": lambda m, x: torch.add(x, m.large(x), alpha=3),
+    "alpha of sub": lambda m, x: torch.sub(m.small(x), m.norm(x) - m.large(x), alpha=0.5),
+    "numbers": lambda m, x: 0.5 * m.large(x) - 2 * (x - m.small(x) * 3),
+    "scale of the host": lambda m, x: m.small(x) - m.scale * m.large(x),
+    "scale of a scale": lambda m, x: m.scale * (x - m.scale * (m.large(x) - m.norm(x) * m.scale)),
+    "expression": lambda m, x: x - m.large(x) * (1 - m.scale.exp()),
+    "twice": lambda m, x: (m.large(x) - x) - x,
+    "pooled": lambda m, x: m.scale * m.large(x) - F.avg_pool2d(x, 3, 1, 1),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("how", SIGNED)
+def test_signs_and_scales(how: str, groups: int, dynamic: bool | None) -> None:
+    model = randomise(Signed(SIGNED[how], groups))
+    check_exact(model, SPACE, applied={NAME: 1}, dynamic=dynamic, **ONLY)
+
+
+OTHERS = {  # summands that stay, and what is left of their operators
+    "behind the minus": (lambda m, x, y: m.large(x) - y + m.small(x), ["neg", "add"]),
+    "before it": (lambda m, x, y: y - m.large(x) + m.small(x), ["add"]),
+    "with alpha": (lambda m, x, y: torch.sub(m.large(x), y, alpha=2) + x, ["mul", "add"]),
+    "scaled": (lambda m, x, y: x + m.scale * (m.large(x) - y), ["neg", "mul", "add"]),
+    "first of all": (lambda m, x, y: (y - x) * m.scale - m.large(x), ["mul", "add"]),
+    "two": (lambda m, x, y: (y - (x - m.large(x))) - y * y, ["mul", "sub", "add"]),
+}
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("how", OTHERS)
+def test_what_is_left_keeps_its_sign_and_scale(how: str, dynamic: bool | None) -> None:
+    join, _ = OTHERS[how]
+    y = torch.randn_like(SPACE)
+    model = randomise(Signed(lambda m, xy: join(m, *xy))).double().eval()
+    pair = (SPACE.double(), y.double())
+    with torch.no_grad():
+        result, report = run(model, pair, dynamic=dynamic, **ONLY)
+        assert error(result, model(pair)) < 1e-12
+    assert report[NAME].applied == 1
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_operators_of_what_is_left(how: str) -> None:
+    from support import capture
+
+    from sparsecc import pipeline
+    from sparsecc.options import Options
+    from sparsecc.report.model import GraphReport
+
+    join, operators = OTHERS[how]
+    model = randomise(Signed(lambda m, xy: join(m, *xy))).eval()
+    with torch.no_grad():
+        program = capture(model, (SPACE, torch.randn_like(SPACE)))
+    pipeline.run(program, Options.parse(ONLY), GraphReport(0))
+    targets = [str(n.target) for n in program.graph.nodes if not n.meta.get("sparsecc_weight")]
+    called = [t.split(".")[1] for t in targets if t.startswith("aten")]
+    assert sorted(called) == sorted(["conv2d", *operators])
+
+
+def test_linear_layers_with_signs_and_scales() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            return (x - self.a(x)) * self.scale - self.b(x)
+
+    check_exact(randomise(Layers()), torch.randn(2, 5, 4), applied={NAME: 1}, **ONLY)
+
+
+def test_other_orientation_with_a_scale() -> None:
+    class MixedScaled(Mixed):
+        def forward(self, x):
+            return self.first(x) - (x @ self.second) * self.first.bias
+
+    check_exact(randomise(MixedScaled()), torch.randn(5, 4), applied={NAME: 1}, **ONLY)
+
+
+def test_a_mixer_becomes_one_convolution_beside_its_norms() -> None:
+    class Whole(Signed):
+        def __init__(self) -> None:
+            super().__init__(None, groups=4)
+            self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+        def forward(self, x):
+            a, b = self.norms
+            return torch.relu(x + self.scale * (a(self.large(x)) + b(self.small(x)) - self.norm(x)))
+
+    model = randomise(nn.Sequential(Whole(), Whole())).eval()
+    check_exact(model, SPACE, applied={"fold-batchnorm": 4, NAME: 2})
+    assert left(model, SPACE) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_mixer_in_half_precision(dtype: torch.dtype) -> None:
+    model = randomise(Signed(mixer, 4)).eval().to(dtype)
+    x = SPACE.to(dtype)
+    with torch.no_grad():
+        result, report = run(model, x, **ONLY)
+        exact = copy.deepcopy(model).double()(x.double())
+        assert error(result, exact) <= 1.5 * error(model(x), exact)
+    assert report[NAME].applied == 1
+    assert result.dtype == dtype
+
+
+def test_mixer_updated_after_compile() -> None:
+    model = randomise(nn.Sequential(Signed(mixer), Signed(mixer, 4))).eval()
+    options = {"lower": "eager", "require": {NAME: 2}}
+    fast = torch.compile(model, backend="sparsecc", options=options)
+    with torch.no_grad():
+        for seed in (1, 2):
+            assert error(fast(SPACE), model(SPACE)) < 1e-5
+            model.load_state_dict(randomise(copy.deepcopy(model), seed).state_dict())
+        model[0].scale.data.mul_(2)
+        model[1].norm.running_mean.add_(1)
+        assert error(fast(SPACE), model(SPACE)) < 1e-5
+
+
+def test_other_sizes_do_not_recompile() -> None:
+    model = randomise(Signed(lambda m, x: mixer(m, x) - torch.tanh(x))).eval()
+    torch._dynamo.reset()
+    options = {"lower": "eager", "require": {NAME: 1}}
+    fast = torch.compile(model, backend="sparsecc", options=options, dynamic=True)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for size in (9, 12, 7):
+            x = torch.randn(3, 4, size, size + 1)
+            assert error(fast(x), model(x)) < 1e-6
+
+
+class FrozenMixer(Frozen):
+    """A difference with a scale that learns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4, 1))
+
+    def forward(self, ids):
+        x = self.embed(ids).transpose(1, 2)
+        return torch.tanh(self.scale * (self.small(x) - self.norm(x) + self.large(x)) + x)
+
+
+def test_fine_tuning_with_signs_and_scales_walks_the_same_path() -> None:
+    check_training(lambda: randomise(FrozenMixer()), applied={NAME: 1}, passes=[NAME])
+
+
+def test_a_scale_that_widens_ends_the_sum() -> None:
+    """The branches in it are merged; the scale stays, and so does what is added behind it."""
+    model = randomise(Signed(mixer)).eval().bfloat16()
+    model.scale.data = model.scale.data.float()
+    x = SPACE.bfloat16()
+    with torch.no_grad():
+        result, report = run(model, x, **ONLY)
+        exact = copy.deepcopy(model).double()(x.double())
+        assert error(result, exact) <= 1.5 * error(model(x), exact)
+    assert report[NAME].applied == 1
+    assert result.dtype == torch.float32
+
+
 # ---- refuses -------------------------------------------------------------------------------------
 
 
@@ -285,7 +480,35 @@ class Written(Read):
         return y + self.b(x) + x
 
 
-REFUSED = {Read: "fan-out", Shared: "tied", Widened: "widened", Written: "written"}
+class WrittenSummand(Read):
+    """The value that stays is read after the caller's tensor has changed."""
+
+    def forward(self, x):
+        y = torch.tanh(x)
+        total = self.b(y) + x
+        x.mul_(2)
+        return total - self.a(y)
+
+
+class OtherAxis(Read):
+    """A scale along another axis than that of the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return x - self.scale * self.a(x)
+
+
+REFUSED = {
+    Read: "fan-out",
+    Shared: "tied",
+    Widened: "widened",
+    Written: "written",
+    WrittenSummand: "written",
+    OtherAxis: "scale",
+}
 
 
 @pytest.mark.parametrize("cls", REFUSED, ids=lambda c: c.__name__)

@@ -226,6 +226,12 @@ def test_what_is_no_shift(how: str) -> None:
     assert report[NAME].matches == []
 
 
+def test_a_size_takes_no_shift() -> None:
+    """A symbolic size is an operand without a shape."""
+    model = randomise(Shifted(lambda m, x: m.linear(x) * (x.shape[1] + m.c)))
+    check_exact(model, X, applied={NAME: 0}, dynamic=True, **ONLY)
+
+
 @pytest.mark.parametrize("shape", [(5, 1), (5, 8), (1,), (3, 1, 8)])
 def test_other_axes_are_no_shift(shape: tuple[int, ...]) -> None:
     model = randomise(Shifted(SPELLINGS["add"], shape=shape))

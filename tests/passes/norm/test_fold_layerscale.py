@@ -221,6 +221,16 @@ def test_other_axes_are_not_a_layer_scale(shape: tuple[int, ...]) -> None:
     assert report[NAME].matches == []
 
 
+def test_a_size_is_no_layer_scale() -> None:
+    """A symbolic size is an operand without a shape."""
+
+    class Sized(Scaled):
+        def forward(self, x):
+            return self.block.mix(x) * (self.a * x.shape[1])
+
+    check_exact(randomise(Sized()), X, applied={NAME: 0}, dynamic=True, **ONLY)
+
+
 def test_gathered_weights_are_refused() -> None:
     with torch.no_grad():
         _, report = run(managed_by_fsdp(randomise(Scaled()).eval()), X)
