@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
+from unittest import mock
 
 import torch
 from torch import fx
@@ -87,21 +88,48 @@ def has_unbacked_symbols(value: Any) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def faking(mode: FakeTensorMode) -> Iterator[None]:
+    """Inside, operators compute on fake values, and take composite operators apart as Dynamo does.
+
+    Without the Python dispatcher, ``matmul`` is taken apart in C++, which in torch 2.11 asks for sizes as
+    numbers: that guards, or raises.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+
+    with mode, enable_python_dispatcher():
+        yield
+
+
 def without_new_guards(mode: FakeTensorMode, function: Callable[..., Any], *args: Any) -> Any:
     """``function(*args)`` on fake values; None where the result would only hold for some of the sizes.
 
     A guard makes Dynamo compile again for other sizes, which no rewrite is worth.
     """
     environment: Any = mode.shape_env
-    if environment is None or not hasattr(environment, "error_on_new_guards"):  # older ones
+    if environment is None:
         return function(*args)
-    from torch.fx.experimental.symbolic_shapes import _ShapeEnvGuardError
+    from torch.fx.experimental import symbolic_shapes
 
-    with environment.error_on_new_guards():
+    refusing: contextlib.AbstractContextManager[Any]
+    error: type[Exception]
+    if hasattr(environment, "error_on_new_guards"):
+        refusing, error = environment.error_on_new_guards(), symbolic_shapes._ShapeEnvGuardError
+    else:  # torch 2.11: by what it asks before it adds one
+        refusing, error = mock.patch.object(environment, "_check_frozen", _refuse_guard), _NewGuard
+    with refusing:
         try:
             return function(*args)
-        except _ShapeEnvGuardError:
+        except error:
             return None
+
+
+class _NewGuard(Exception):
+    pass
+
+
+def _refuse_guard(*_: Any) -> None:
+    raise _NewGuard
 
 
 def inductor(

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.node import Argument
 from torch.utils._pytree import tree_leaves
 
-from sparsecc._torch import without_new_guards
+from sparsecc._torch import faking, without_new_guards
 
 WEIGHT = "sparsecc_weight"  # node.meta: an expression over weights that a pass wrote
 ORIGIN = "sparsecc_pass"  # node.meta: the pass that created the node
@@ -194,7 +194,7 @@ class Program:
     def fake(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What ``target`` returns on the fake values of its arguments."""
         values, named = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
-        with self.fake_mode, torch.no_grad(), no_autocast():
+        with faking(self.fake_mode), torch.no_grad(), no_autocast():
             return target(*values, **named)
 
     def fake_for_all_sizes(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -452,6 +452,21 @@ def test_static_inputs_keep_their_address() -> None:
     assert found == [[1]]
 
 
+def test_faking() -> None:
+    """A linear layer without bias, over rows of any number, is faked without a guard on the numbers."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    environment = ShapeEnv()
+    mode = FakeTensorMode(shape_env=environment)
+    dynamic = StatelessSymbolicContext([DimDynamic.DYNAMIC, DimDynamic.DYNAMIC, DimDynamic.STATIC])
+    x = mode.from_tensor(torch.randn(3, 5, 8), symbolic_context=dynamic)
+    weight = mode.from_tensor(torch.randn(4, 8), static_shapes=True)
+    with _torch.faking(mode), torch.no_grad():
+        y = torch.ops.aten.linear.default(x, weight)
+    assert (y.shape[:2], y.shape[2]) == (x.shape[:2], 4)
+    assert not environment.guards
+
+
 def test_without_new_guards() -> None:
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
