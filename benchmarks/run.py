@@ -1,4 +1,4 @@
-"""All benchmarks: ``make bench``, or ``python benchmarks/run.py [speed networks freshness compile crmsnorm]``.
+"""All benchmarks: ``make bench``, or ``python benchmarks/run.py SUITE ...`` for some of them.
 
 Results go to ``benchmarks/results/DATE-DEVICE.{json,md}`` with versions, spreads and physical limits.
 """
@@ -17,6 +17,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
 import compile_time
 import crmsnorm
+import decode
 import freshness
 import networks
 import speed
@@ -31,6 +32,7 @@ SUITES = {
     "freshness": freshness.run,
     "compile": compile_time.run,
     "crmsnorm": crmsnorm.run,
+    "decode": decode.run,
 }
 
 

@@ -5,6 +5,14 @@ namespace {
 constexpr int kBlock = 4;                        // weight rows at a time
 constexpr int kRows = kRegisters >= 32 ? 4 : 2;  // input rows at a time: accumulators must fit the registers
 
+// The blocks of [begin, end) that are output j's, counted from its first.
+template <class Body>
+inline void part(const int64_t* ends, int j, int64_t begin, int64_t end, Body body) {
+  const int64_t first = j ? ends[j - 1] : 0;
+  const int64_t from = std::max(begin, first), to = std::min(end, ends[j]);
+  if (from < to) body(from - first, to - first);
+}
+
 // out[r * kRows + c] = sum over k of x[c, k] w[r, k]
 template <int rows, int count>
 inline void dots(const float* x, const float* w, int64_t size, float* out) {

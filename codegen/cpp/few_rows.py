@@ -33,10 +33,8 @@ def source(spec: Spec) -> str:
     count = 1 + max(max(spec.weights(j)) for j in range(len(spec.outputs)))
     bodies = [_output(spec, j) for j in range(len(spec.outputs))]
     firsts = ", ".join(str(spec.weights(j)[0]) for j in range(len(spec.outputs)))
-    blocks = "\n".join(
-        f"    if (begin < end && begin < ends[{j}]) block{j}(*job, "
-        f"begin - {f'ends[{j - 1}]' if j else 0}, (end < ends[{j}] ? end : ends[{j}]) - "
-        f"{f'ends[{j - 1}]' if j else 0}), begin = ends[{j}] < end ? ends[{j}] : end;"
+    parts = "\n".join(
+        f"  part(job->ends, {j}, begin, end, [&](int64_t b, int64_t e) {{ block{j}(*job, b, e); }});"
         for j in range(len(spec.outputs))
     )
     ends = "\n".join(
@@ -46,9 +44,10 @@ def source(spec: Spec) -> str:
     )
     return f"""// {name}: float32 on CPU, for any number of rows m, features n and size k.
 {chr(10).join(law)}
-// where p<i>[m, n] = sum over k of x[m, k] W<i>[n, k], {_NORM_LAW[spec.norm].format(eps=eps)}
-// v<i>: an operand [n], t<i>: an operand [m, n].
+// where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {_NORM_LAW[spec.norm].format(eps=eps)},
+// v<i>[n] and t<i>[m, n] are operands.
 
+#include <algorithm>
 #include <vector>
 
 {_text(_OPERATOR.with_name("few_rows.h")).replace("#pragma once", "")}
@@ -64,9 +63,8 @@ struct Job {{
 
 {"".join(bodies)}
 void run_blocks(int64_t begin, int64_t end, void* context) {{
-    const Job* job = static_cast<const Job*>(context);
-    const int64_t* ends = job->ends;
-{blocks}
+  const Job* job = static_cast<const Job*>(context);
+{parts}
 }}
 
 const char* run(const FewRows* call) {{
@@ -88,9 +86,9 @@ extern "C" __attribute__((visibility("default"))) const FewRowsKernel* few_rows_
 
 
 _NORM_LAW = {
-    "none": "",
-    "rms": "of x / sqrt(mean(x^2) + {eps}),",
-    "layer": "of (x - mean(x)) / sqrt(var(x) + {eps}),",
+    "none": "x",
+    "rms": "x / sqrt(mean(x^2) + {eps})",
+    "layer": "(x - mean(x)) / sqrt(var(x) + {eps})",
 }
 _PROLOGUE = {
     "none": "",

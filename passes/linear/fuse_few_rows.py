@@ -182,13 +182,18 @@ def _place_refusal(region: Region, context: Context, words: dict[str, str]) -> R
 
 # ---- growing a region ------------------------------------------------------------------------------
 
-_UNARY = {
+# The norm's name, and where its eps stands among the arguments.
+_NORMS: dict[Any, tuple[str, int]] = {
+    aten.rms_norm.default: ("rms", 3),
+    aten.layer_norm.default: ("layer", 4),
+}
+_UNARY: dict[Any, str] = {
     aten.silu.default: "silu",
     aten.relu.default: "relu",
     aten.sigmoid.default: "sigmoid",
     aten.tanh.default: "tanh",
 }
-_BINARY = {
+_BINARY: dict[Any, str] = {
     aten.add.Tensor: "+",
     aten.sub.Tensor: "-",
     aten.mul.Tensor: "*",
@@ -216,8 +221,7 @@ def _grow(linears: Sequence[fx.Node], weights: WeightValues) -> Region:
 
 def _take_norm(region: Region, x: fx.Node) -> None:
     """The norm that makes x, where the products alone read it and it has no scale and shift of its own."""
-    kinds = {aten.rms_norm.default: ("rms", 3), aten.layer_norm.default: ("layer", 4)}
-    kind, place = kinds.get(x.target, ("", 0))  # type: ignore[arg-type]
+    kind, place = _NORMS.get(x.target, ("", 0))
     if not kind or set(x.users) != set(region.linears):
         return
     source, shape, *affine = x.args[:place]

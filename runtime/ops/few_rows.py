@@ -6,6 +6,7 @@ happens on the way should cost no pass of its own over memory, and no launch.
 
 from __future__ import annotations
 
+import ast
 import functools
 import json
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class Spec:
     outputs: tuple[str, ...]
 
     @functools.cached_property
-    def trees(self) -> list[expressions.ast.expr]:
+    def trees(self) -> list[ast.expr]:
         return [expressions.parse(text) for text in self.outputs]
 
     def weights(self, output: int) -> list[int]:

@@ -165,8 +165,9 @@ def _graph(graph: GraphReport) -> Markup:
         )
         for why, nodes in words.opaque_groups(graph).items()
     ]
-    if opaque:
-        parts.append(tag("ul", *opaque, class_="plain"))
+    notes = [tag("li", words.kernel(choice)) for choice in graph.kernels] + opaque
+    if notes:
+        parts.append(tag("ul", *notes, class_="plain"))
     return tag("div", *parts, class_="panel pad")
 
 

@@ -138,6 +138,7 @@ def _graph(graph: GraphReport) -> RenderableType:
     lines = [Text(f"{graph.index}: {', '.join(facts)}")]
     if graph.fell_through:
         lines.append(Text.assemble(("left to Inductor untouched: ", "yellow"), graph.fell_through))
+    lines += [Text(words.kernel(choice)) for choice in graph.kernels]
     for reason, nodes in words.opaque_groups(graph).items():
         title = f"{words.plural(len(nodes), 'opaque node')}: "
         lines.append(Text.assemble((title, "yellow"), f"{reason} ({words.first(nodes)})"))

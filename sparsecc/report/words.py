@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from sparsecc.report.model import GraphReport, MatchRecord, Report, Verdict
+from sparsecc.report.model import GraphReport, KernelChoice, MatchRecord, Report, Verdict
 
 SHOWN = 3  # places listed for one reason before "+N more"
 
@@ -77,6 +77,12 @@ def in_seconds(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.2f} s"
     return f"{seconds * 1e3:.1f} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.0f} µs"
+
+
+def kernel(choice: KernelChoice) -> str:
+    """What runs a region, and the times or the reason it was chosen by."""
+    why = choice.reason or ", ".join(f"{n} {in_seconds(t)}" for n, t in choice.seconds.items())
+    return f"{choice.count} × {choice.region} by {choice.chosen}: {choice.shape} ({why})"
 
 
 def savings(bytes_saved: int, flops_saved: int, launches_saved: int) -> list[str]:

@@ -254,6 +254,6 @@ def test_the_source_says_what_it_computes() -> None:
     text = generator.source(SPECS["gate and up"])
     head = text.split("#include")[0]
     assert "out0[m, n] = silu(p0) * p1" in head
-    assert "(x - mean(x)) / sqrt(var(x) + 1e-05)" in head
+    assert "y = (x - mean(x)) / sqrt(var(x) + 1e-05)" in head
     assert "float32 on CPU, for any number of rows m, features n and size k" in head
     assert generator.load(SPECS["gate and up"]).with_suffix(".cpp").read_text() == text
