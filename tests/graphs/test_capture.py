@@ -47,7 +47,7 @@ from hard import (
     shaped,
     x64,
 )
-from support import PreNorm, capture, error, ids, randomise
+from support import PreNorm, capture, error, fails_on_211, ids, randomise
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
@@ -313,7 +313,10 @@ def test_while_loop() -> None:
     assert "while_loop" in report.graphs[0].opaque
 
 
-@pytest.mark.parametrize("train", [True, False])
+ALIASED = fails_on_211("scan's gradient aliases its input, aot_eager says")
+
+
+@pytest.mark.parametrize("train", [pytest.param(True, marks=ALIASED), False])
 def test_scan(train: bool) -> None:
     report = same(around(scanned), x64(), applied=RMS if train else ALL_BUT_HARD, train=train)
     assert "scan" in " ".join(report.graphs[0].opaque.values())

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from support import PreNorm, error, ids, randomise
+from support import PreNorm, error, fails_on_211, ids, randomise
 from torch import nn
 
 import sparsecc
@@ -76,6 +76,7 @@ def step(model: nn.Module, optimizer: type, **options) -> None:
             parameter.grad = None
 
 
+NEW_DTYPE = "to(float64), then p.data.mul_"
 UPDATES = {
     "load_state_dict copy": load_copy,
     "load_state_dict assign": load_assign,
@@ -91,7 +92,7 @@ UPDATES = {
     "AdamW": lambda m: step(m, torch.optim.AdamW),
     "AdamW foreach": lambda m: step(m, torch.optim.AdamW, foreach=True),
     "AdamW fused": lambda m: step(m, torch.optim.AdamW, fused=True),
-    "to(float64), then p.data.mul_": lambda m: data_in_place(m.to(torch.float64)),
+    NEW_DTYPE: lambda m: data_in_place(m.to(torch.float64)),
     "to(bfloat16) and back": lambda m: m.to(torch.bfloat16).to(torch.float32),
 }
 
@@ -113,8 +114,13 @@ def without_compiler() -> Later:
     return Later(make, "checked in Python")
 
 
+UNNOTICED = fails_on_211("Dynamo has no guard on a parameter's dtype (docs/freshness.md)")
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("update", UPDATES, ids=str)
+@pytest.mark.parametrize(
+    "update", [pytest.param(u, marks=UNNOTICED) if u == NEW_DTYPE else u for u in UPDATES], ids=str
+)
 @pytest.mark.usefixtures("checker")
 def test_update_after_compile(update: str, mode) -> None:
     model = randomise(PreNorm()).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from support import fails_on_211
 
 PASSES = ["drop-identities", "functionalize-inplace"]
 
@@ -50,7 +51,13 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("name", FREE)
+# Rounded twice, then also under the backend "eager".
+ALPHA = fails_on_211("Dynamo takes add_ with alpha apart")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=ALPHA) if n == "add_ alpha" else n for n in FREE]
+)
 def test_free_writes_become_functional(run_pass, name):
     operation = FREE[name]
 
