@@ -310,7 +310,7 @@ def _values(linear: Linear, reading: Reading, program: Program) -> dict[fx.Node,
         target, args = narrowed, node.args
         if node is not linear.node:
             target, args = resized(node, axis, width) or (node.target, node.args)
-            args = (values[node.all_input_nodes[0]], *args[1:])
+            args = tuple(values.get(a, a) if isinstance(a, fx.Node) else a for a in args)
         value = program.fake_for_all_sizes(target, args, node.kwargs)
         if value is None:
             return None

@@ -27,6 +27,7 @@ from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
+from sparsecc.runtime.ops.expressions import evaluate
 from sparsecc.runtime.ops.few_rows import Spec, few_rows, meaning
 
 aten = torch.ops.aten
@@ -139,20 +140,32 @@ class FuseFewRows(Pass):
 
     @classmethod
     def examples(cls) -> list[Example]:
-        spec = Spec("rms", 1e-6, ("silu(p0) * p1 + v0", "p2 + t1"))
+        normed = Spec("rms", 1e-6, ("silu(p0) * p1 + v0", "p2 + t1"))
+        plain = Spec("none", 0.0, ("(p0 + v0) * p1 - t1 * 3",))
 
-        def before(x: Any, g: Any, u: Any, w: Any, b: Any, r: Any) -> Any:
+        def before(x: Any, g: Any, u: Any, b: Any, w: Any, r: Any) -> Any:
             rows = x * (x.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
             gate = rows @ g.transpose(0, 1)
             gated = gate * torch.sigmoid(gate) * (rows @ u.transpose(0, 1)) + b
             return torch.cat([gated, rows @ w.transpose(0, 1) + r], -1)
 
-        def after(x: Any, g: Any, u: Any, w: Any, b: Any, r: Any) -> Any:
-            return torch.cat(meaning(x, [g, u, w], [b, r], spec.text()), -1)
+        def after(x: Any, g: Any, u: Any, b: Any, w: Any, r: Any) -> Any:
+            return torch.cat(meaning(x, [g, u, w], [b, r], normed.text()), -1)
 
-        shapes = {"x": ("n", "d"), "g": ("k", "d"), "u": ("k", "d"), "w": ("h", "d")}
-        operands = {"b": ("k",), "r": ("n", "h")}
-        return [Example(before, after, {**shapes, **operands}, ("g", "u", "w", "b"))]
+        def apart(x: Any, g: Any, u: Any, b: Any, r: Any) -> Any:
+            biased = x @ g.transpose(0, 1) + b
+            return biased * (x @ u.transpose(0, 1)) - r * 3
+
+        def as_one(x: Any, g: Any, u: Any, b: Any, r: Any) -> Any:
+            values = {"p0": x @ g.transpose(0, 1), "p1": x @ u.transpose(0, 1), "v0": b, "t1": r}
+            return evaluate(plain.trees[0], values)
+
+        shapes = {"x": ("n", "d"), "g": ("k", "d"), "u": ("k", "d"), "b": ("k",)}
+        more = {"w": ("h", "d"), "r": ("n", "h")}
+        return [
+            Example(before, after, {**shapes, **more}, ("g", "u", "w", "b")),
+            Example(apart, as_one, {**shapes, "r": ("n", "k")}, ("g", "u", "b"), symbolic=True),
+        ]
 
 
 def _operands_refusal(node: fx.Node, words: dict[str, str]) -> Refusal | None:

@@ -80,12 +80,15 @@ def compiled(build: Builder, case: Case, through_dynamo: int) -> Case:
 
 def rewritten(build: Builder, case: Case) -> Case:
     """Which passes run, in which order, and whether the weights change after it."""
-    names = [n for n in registry.REWRITES if not (case.train and n in NOT_IN_TRAINING)]
+    drawn = [n for n in registry.REWRITES if n not in registry.FOR_KERNELS]
+    names = [n for n in drawn if not (case.train and n in NOT_IN_TRAINING)]
     chosen = [n for n in names if not build.chance(3)] or names
     untie: dict[str, Any] = {"untie": True} if build.chance(2) else {}
     passes = {n: untie if n == "fold-norm-affine" else {} for n in chosen}
     order: tuple[str, ...] = ()
     if not case.compile and build.chance(2):
         order = tuple(build.draw(st.permutations(chosen)))
+    else:  # the passes that make regions for kernels come last, and change nothing for those before
+        passes.update({name: {} for name in registry.FOR_KERNELS})
     update = not case.train and build.chance(8)
     return replace(case, passes=passes, order=order, update=update)

@@ -65,6 +65,7 @@ RARE = {
     ("push-affine", "reader"),
     ("push-affine", "region"),
     ("push-affine", "written"),
+    ("fuse-few-rows", "region"),
     ("layernorm-to-crmsnorm", "drop"),  # an option that is not drawn
     ("layernorm-to-crmsnorm", "mutated"),
     ("layernorm-to-crmsnorm", "not-centred"),

@@ -95,6 +95,7 @@ READS = {
     "steps": (every_second, X),
     "elementwise": (lambda m, x: nn.functional.gelu(m.proj(x) * 2)[..., 4:8].sum(-1), X),
     "two ways": (two_views, X),
+    "twice in one sum": (lambda m, x: ((y := m.proj(x)) + y)[..., 4:8].exp(), X),
     "matmul": (lambda m, x: (x @ m.matrix)[..., 3:6].exp(), X),
     "mm": (lambda m, x: (x[0] @ m.matrix)[..., 3:6].exp(), X),
     "addmm": (lambda m, x: torch.addmm(m.c, x[0], m.matrix)[:, 3:6].exp(), X),
