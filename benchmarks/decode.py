@@ -9,7 +9,6 @@ measured.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -92,8 +91,6 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
         )
         print(rows[-1], flush=True)
     rows.append(f"\nReading {weights / 1e6:.0f} MB of weights once takes {floor * 1e3:.1f} ms.")
-    if importlib.util.find_spec("llama_cpp") is None:
-        rows.append("llama.cpp was not installed.")
     return data, "\n".join(rows)
 
 

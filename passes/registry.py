@@ -38,11 +38,11 @@ REWRITES: dict[str, str] = {
     "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
 }
 
-# Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
-BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", "fuse-few-rows"})
-
 # They make regions for generated kernels: with a preset they run where ``codegen`` asks for kernels.
 FOR_KERNELS = frozenset({"fuse-few-rows"})
+
+# Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
+BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels"}) | FOR_KERNELS
 
 # preset -> the passes that it runs; only bitwise and exact ones may stand here.
 PRESETS: dict[str, tuple[str, ...]] = {

@@ -27,7 +27,6 @@ from typing import Generic, TypeVar
 
 import filelock
 import torch
-from torch.utils import cpp_extension
 
 from sparsecc import _torch
 from sparsecc.errors import BuildError, first_line
@@ -175,6 +174,8 @@ def _platform(libraries: Sequence[str]) -> list[str]:
     """Headers and libraries of PyTorch and Python."""
     if sys.platform == "win32":
         raise BuildError("native code is not built on Windows")
+    from torch.utils import cpp_extension  # needs setuptools, which only a build does
+
     includes = [*cpp_extension.include_paths(), sysconfig.get_path("include")]
     found = [f"-I{path}" for path in includes]
     if sys.platform == "darwin":

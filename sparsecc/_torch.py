@@ -10,7 +10,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, cast
-from unittest import mock
 
 import torch
 from torch import fx
@@ -116,6 +115,8 @@ def without_new_guards(mode: FakeTensorMode, function: Callable[..., Any], *args
     if hasattr(environment, "error_on_new_guards"):
         refusing, error = environment.error_on_new_guards(), symbolic_shapes._ShapeEnvGuardError
     else:  # torch 2.11: by what it asks before it adds one
+        from unittest import mock
+
         refusing, error = mock.patch.object(environment, "_check_frozen", _refuse_guard), _NewGuard
     with refusing:
         try:

@@ -16,7 +16,7 @@ from sparsecc.program import Program
 
 def fails_on_211(reason: str) -> pytest.MarkDecorator:
     """For what torch 2.11 itself does otherwise, under any backend."""
-    return pytest.mark.xfail(torch.__version__ < (2, 12), reason=reason)
+    return pytest.mark.xfail(torch.__version__ < (2, 12), reason=reason, strict=True)
 
 
 def randomise(model: nn.Module, seed: int = 0) -> nn.Module:

@@ -50,7 +50,7 @@ def source(spec: Spec) -> str:
 #include <algorithm>
 #include <vector>
 
-{_text(_OPERATOR.with_name("few_rows.h")).replace("#pragma once", "")}
+{_interface()}
 {_text(_HERE / "vector.h")}
 {_text(_HERE / "few_rows.h")}
 namespace {{
@@ -70,7 +70,7 @@ void run_blocks(int64_t begin, int64_t end, void* context) {{
 const char* run(const FewRows* call) {{
 {_checks(spec, count)}
   Job job{{call, call->x, {{}}}};
-{_PROLOGUE[spec.norm].format(eps=f"{eps!r}f")}
+{_prologue(spec.norm, eps)}
 {ends}
   call->parallel(job.ends[{len(spec.outputs) - 1}], 1, run_blocks, &job);
   return nullptr;
@@ -90,15 +90,14 @@ _NORM_LAW = {
     "rms": "x / sqrt(mean(x^2) + {eps})",
     "layer": "(x - mean(x)) / sqrt(var(x) + {eps})",
 }
-_PROLOGUE = {
-    "none": "",
-    "rms": "  std::vector<float> normalized(call->rows * call->size);\n"
-    "  rms_norm(*call, {eps}, normalized.data());\n"
-    "  job.x = normalized.data();",
-    "layer": "  std::vector<float> normalized(call->rows * call->size);\n"
-    "  layer_norm(*call, {eps}, normalized.data());\n"
-    "  job.x = normalized.data();",
-}
+
+
+def _prologue(norm: str, eps: float) -> str:
+    if norm == "none":
+        return ""
+    return f"""  std::vector<float> normalized(call->rows * call->size);
+  {norm}_norm(*call, {eps!r}f, normalized.data());
+  job.x = normalized.data();"""
 
 
 def _output(spec: Spec, j: int) -> str:
@@ -150,6 +149,11 @@ def _checks(spec: Spec, count: int) -> str:
     return "\n".join(lines)
 
 
+def _interface() -> str:
+    """What the operator and its kernels agree on: each is built from one text, without files to include."""
+    return _text(_OPERATOR.with_name("few_rows.h")).replace("#pragma once", "")
+
+
 def _text(path: pathlib.Path) -> str:
     return path.read_text(encoding="utf-8")
 
@@ -157,11 +161,8 @@ def _text(path: pathlib.Path) -> str:
 @functools.cache
 def _operator() -> ctypes.CDLL:
     """The operator's own library, loaded: its kernel for CPU tensors is registered."""
-    header = _text(_OPERATOR.with_name("few_rows.h"))
-    text = _text(_OPERATOR.with_suffix(".cpp")).replace('#include "few_rows.h"', header)
-    path = native.library(
-        "few_rows", text.replace("#pragma once", ""), libraries=("torch_cpu", "c10")
-    )
+    text = _text(_OPERATOR.with_suffix(".cpp")).replace('#include "few_rows.h"', _interface())
+    path = native.library("few_rows", text, libraries=("torch_cpu", "c10"))
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
 

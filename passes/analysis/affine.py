@@ -18,7 +18,7 @@ from sparsecc.passes.analysis.convolutions import taps
 from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape
-from sparsecc.passes.analysis.stream import feature_axis_of_user, readers
+from sparsecc.passes.analysis.stream import feature_axis_of_user, is_number, is_tensor, readers
 from sparsecc.passes.analysis.weights import WeightValues, other_users, weight_values
 from sparsecc.passes.base import Context, Refusal, nbytes
 from sparsecc.program import WeightBuilder, is_shape_query, target_name
@@ -96,7 +96,7 @@ def affine_tail(value: fx.Node, size: Any, weights: WeightValues) -> Tail:
 
 def affine_step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues) -> Step | None:
     """``user`` as one step after ``value``: a cast, or arithmetic with a weight [size] or a number."""
-    if user.op != "call_function" or not _are_tensors(user, value):
+    if user.op != "call_function" or not (is_tensor(user) and is_tensor(value)):
         return None
     if user.target in _CASTS and user.args[0] is value:
         return Step("cast", user) if user.meta["val"].dtype.is_floating_point else None
@@ -117,17 +117,12 @@ def affine_step(user: fx.Node, value: fx.Node, size: Any, weights: WeightValues)
     other = b if a is value else a
     if not same_shape(user.meta["val"].shape, value.meta["val"].shape):
         return None
-    if isinstance(other, (int, float)) and not isinstance(other, bool):
+    if is_number(other):
         # a constant added to every feature is not a weight; leave it alone
         return None if kind == "add" else Step("mul", user, 1 / other if kind == "div" else other)
     if other is value or not weights.is_vector(other, size):
         return None
     return Step(kind, user, other)
-
-
-def _are_tensors(*nodes: fx.Node) -> bool:
-    """An operand may also be a symbolic number, that of a float input for one."""
-    return all(isinstance(node.meta.get("val"), torch.Tensor) for node in nodes)
 
 
 # Why an affine map cannot move into what reads its result; the codes of :meth:`Readers.refusal`.

@@ -24,7 +24,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.channels import FREE, Channels, joined, paired
 from sparsecc.passes.analysis.sizes import same_size
-from sparsecc.passes.analysis.stream import carry, is_split, rank, size
+from sparsecc.passes.analysis.stream import carry, is_number, is_split, rank, size
 
 aten = torch.ops.aten
 
@@ -118,7 +118,7 @@ def _elementwise(node: fx.Node, known: Known) -> Step | None:
 def _clamp(node: fx.Node, known: Known) -> Step | None:
     """Only as a ReLU."""
     low, high = _argument(node, "min", 1, None), _argument(node, "max", 2, None)
-    number = isinstance(low, (int, float)) and not isinstance(low, bool)
+    number = is_number(low)
     return _elementwise(node, known) if number and low == 0 and high is None else None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
@@ -88,6 +88,11 @@ def _arg(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 def is_tensor(value: Any) -> bool:
     return isinstance(value, fx.Node) and isinstance(value.meta.get("val"), torch.Tensor)
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """A plain number: not a node, and not a flag."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _axis_in(operand: fx.Node, result: fx.Node, axis: Axis) -> Axis | None:

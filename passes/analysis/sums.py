@@ -15,7 +15,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape
-from sparsecc.passes.analysis.stream import is_tensor
+from sparsecc.passes.analysis.stream import is_number, is_tensor
 from sparsecc.passes.analysis.weights import WeightValues, axis_along, weight_values
 from sparsecc.passes.base import Analyses
 from sparsecc.program import MOVED, Program
@@ -112,7 +112,7 @@ def _operands(node: fx.Node, weights: WeightValues) -> Operands:
     a, b = node.args
     if node.target is aten.mul.Tensor:
         for index, value, factor in ((0, a, b), (1, b, a)):
-            number = _is_number(factor) and is_tensor(value)
+            number = is_number(factor) and is_tensor(value)
             if number or axis_along(factor, value, node, weights) is not None:
                 return {index: factor}  # type: ignore[dict-item]
         return {}
@@ -120,17 +120,13 @@ def _operands(node: fx.Node, weights: WeightValues) -> Operands:
     shape = node.meta["val"].shape
     same = all(
         # sum() begins with a zero.
-        same_shape(x.meta["val"].shape, shape) if is_tensor(x) else _is_number(x) and x == 0  # type: ignore[union-attr]
+        same_shape(x.meta["val"].shape, shape) if is_tensor(x) else is_number(x) and x == 0  # type: ignore[union-attr]
         for x in (a, b)
     )
-    if not same or not _is_number(second):
+    if not same or not is_number(second):
         return {}
     factors = (1, -second if node.target is aten.sub.Tensor else second)
     return {i: factor for i, factor in enumerate(factors) if is_tensor(node.args[i])}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_inner(

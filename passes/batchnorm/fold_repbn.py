@@ -20,6 +20,7 @@ from torch import fx
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.batchnorms import NOT_AFFINE, BatchNorm, batch_norms
 from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import (
     Context,
@@ -143,7 +144,7 @@ def _multiple(node: Any, x: fx.Node, weights: WeightValues) -> fx.Node | float |
     for value, factor in (operands, operands[::-1]):
         if value is not x:
             continue
-        if isinstance(factor, (int, float)) and not isinstance(factor, bool):
+        if is_number(factor):
             return float(factor)
         if factor in weights and factor.meta["val"].numel() == 1:
             element: fx.Node = factor

@@ -24,7 +24,7 @@ from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.linear import Linear, as_linear, linears
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_layout
-from sparsecc.passes.analysis.stream import carry, other_readers
+from sparsecc.passes.analysis.stream import carry, is_number, other_readers
 from sparsecc.passes.analysis.weights import WeightValues, axis_along, weight_values
 from sparsecc.passes.base import (
     Context,
@@ -155,7 +155,7 @@ def _terms(node: fx.Node) -> Iterator[tuple[Any, Any, Any]]:
     """(value, constant, factor of the constant) in both orders, where the value itself has factor one."""
     a, b = node.args[:2]
     alpha: Any = node.kwargs.get("alpha", 1)
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+    if not is_number(alpha):
         return
     is_sub = node.target is aten.sub.Tensor
     yield a, b, -alpha if is_sub else alpha

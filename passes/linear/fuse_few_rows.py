@@ -23,8 +23,10 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.alias import Aliases, aliases
+from sparsecc.passes.analysis.norms import as_norm
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
+from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
 from sparsecc.runtime.ops.expressions import evaluate
@@ -90,7 +92,12 @@ class FuseFewRows(Pass):
             known = weight in weights and all(b is None or b in weights for b in bias)
             if isinstance(x, fx.Node) and known and weight.meta["val"].dim() == 2:  # type: ignore[union-attr]
                 groups.setdefault(x, []).append(node)
-        return [Match(nodes[0], {"linears": nodes}) for nodes in groups.values()]
+        results: dict[
+            fx.Node, fx.Node
+        ] = {}  # what one region's result was -> what it is now, for the others
+        return [
+            Match(nodes[0], {"linears": nodes, "results": results}) for nodes in groups.values()
+        ]
 
     def check(self, match: Match, context: Context) -> Refusal | None:
         linears: list[fx.Node] = match.nodes["linears"]
@@ -105,21 +112,19 @@ class FuseFewRows(Pass):
         sizes = x.meta["val"].shape[:-1]
         if not all(isinstance(s, int) for s in sizes) or not 1 <= sizes.numel() <= MOST_ROWS:
             return Refusal.at(first, "rows", f"{self.refusals['rows']}: {list(sizes)}")
-        weights = match.nodes["weights"] = context.analyses.get(weight_values)
-        region = match.nodes["region"] = _grow(linears, weights)
+        region = match.nodes["region"] = _grow(linears, context.analyses.get(weight_values))
         match.note = " | ".join([region.norm, *region.spec().outputs])
         return _place_refusal(region, context, self.refusals)
 
     def rewrite(self, match: Match, context: Context) -> None:
         program = context.program
-        weights: WeightValues = match.nodes["weights"]
-        # Once more: what it reads may be another region's result by now.
-        region = _grow(match.nodes["linears"], weights)
-        args = (region.x, region.weights, region.operands, region.spec().text())
+        region: Region = match.nodes["region"]
+        results: dict[fx.Node, fx.Node] = match.nodes["results"]
+        x, *operands = (results.get(node, node) for node in (region.x, *region.operands))
+        args = (x, region.weights, operands, region.spec().text())
         first = min(region.linears)
-        for weight in (*region.weights, *region.operands):
-            if weight in weights:
-                program.bring_before(weight, first)
+        for node in (*region.weights, *operands):  # weights may stand behind, activations never do
+            program.bring_before(node, first)
         fused = program.call(few_rows, args, like=first, origin=self.name, before=first)
         for j, value in enumerate(region.outputs):
             result = program.call(
@@ -131,6 +136,7 @@ class FuseFewRows(Pass):
                 val=fused.meta["val"][j],
             )
             value.node.replace_all_uses_with(result)
+            results[value.node] = result
         program.version += 1
 
     def saving(self, match: Match, context: Context) -> Saving:
@@ -169,12 +175,11 @@ class FuseFewRows(Pass):
 
 
 def _operands_refusal(node: fx.Node, words: dict[str, str]) -> Refusal | None:
-    tensors = [a for a in node.all_input_nodes if a is not node]
-    for value in (node, *tensors):
+    for value in (node, *node.all_input_nodes):
         fake = value.meta["val"]
         if fake.dtype is not torch.float32 or fake.device.type != "cpu":
             return Refusal.at(value, "dtype", words["dtype"])
-    if not all(is_contiguous(weight.meta["val"]) for weight in tensors[1:]):
+    if not all(is_contiguous(weight.meta["val"]) for weight in node.all_input_nodes[1:]):
         return Refusal.at(node, "layout", words["layout"])
     return None
 
@@ -195,13 +200,9 @@ def _place_refusal(region: Region, context: Context, words: dict[str, str]) -> R
 
 # ---- growing a region ------------------------------------------------------------------------------
 
-# The norm's name, and where its eps stands among the arguments.
-_NORMS: dict[Any, tuple[str, int]] = {
-    aten.rms_norm.default: ("rms", 3),
-    aten.layer_norm.default: ("layer", 4),
-}
 _UNARY: dict[Any, str] = {
     aten.silu.default: "silu",
+    aten.gelu.default: "gelu",  # that of erf: the other one has a keyword
     aten.relu.default: "relu",
     aten.sigmoid.default: "sigmoid",
     aten.tanh.default: "tanh",
@@ -234,22 +235,14 @@ def _grow(linears: Sequence[fx.Node], weights: WeightValues) -> Region:
 
 def _take_norm(region: Region, x: fx.Node) -> None:
     """The norm that makes x, where the products alone read it and it has no scale and shift of its own."""
-    kind, place = _NORMS.get(x.target, ("", 0))
-    if not kind or set(x.users) != set(region.linears):
+    norm = as_norm(x)
+    if norm is None or norm.weight or norm.bias or set(x.users) != set(region.linears):
         return
-    source, shape, *affine = x.args[:place]
-    eps = (
-        x.args[place] if len(x.args) > place else x.kwargs.get("eps", 1e-5 if place == 4 else None)
-    )
-    one = isinstance(shape, (list, tuple)) and len(shape) == 1
-    if not one or any(a is not None for a in affine):
+    if norm.x.meta["val"].dtype is not torch.float32:
         return
-    if not isinstance(eps, float) and (eps is not None or kind != "rms"):
-        return
-    if not isinstance(source, fx.Node) or source.meta["val"].dtype is not torch.float32:
-        return
-    region.x, region.norm, region.eps = source, kind, eps
-    region.inside.append(x)
+    if isinstance(norm.eps, float) or norm.eps is None:
+        region.x, region.norm, region.eps = norm.x, norm.kind.removesuffix("_norm"), norm.eps
+        region.inside.append(x)
 
 
 def _operand(region: Region, kind: str, node: Any) -> str:
@@ -270,8 +263,6 @@ def _step(region: Region, value: _Value, weights: WeightValues) -> bool:
         return False
     if user.target in _UNARY:
         text = f"{_UNARY[user.target]}({value.text})"
-    elif user.target == aten.gelu.default:
-        text = f"gelu({value.text})"
     elif user.target in _BINARY and len(user.args) == 2:
         joined = _joined(region, value, user, weights)
         if joined is None:
@@ -297,7 +288,7 @@ def _joined(region: Region, value: _Value, user: fx.Node, weights: WeightValues)
             if len(other.node.users) != 1:
                 return None
             sides.append(f"({other.text})")
-        elif isinstance(side, (int, float)) and not isinstance(side, bool):
+        elif is_number(side):
             sides.append(repr(side))
         elif isinstance(side, fx.Node):
             kind = _kind(region, value, side, weights)

@@ -18,6 +18,7 @@ import torch
 
 from sparsecc.passes.analysis.norms import Norm, as_norm
 from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import weight_values
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, numel
 
@@ -112,7 +113,7 @@ def _scaled_norm(node: Any) -> tuple[Norm | None, float]:
     a, b = node.args[:2]
     is_division = node.target in (aten.div.Tensor, aten.div.Scalar)
     for value, factor in ((a, b),) if is_division else ((a, b), (b, a)):
-        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor == 0:
+        if not is_number(factor) or factor == 0:
             continue
         norm = as_norm(value) if isinstance(value, torch.fx.Node) else None
         if norm is not None and value.meta["val"].dtype == node.meta["val"].dtype:
