@@ -12,6 +12,7 @@ from torch import nn
 
 from sparsecc import kernels
 from sparsecc.errors import BuildError
+from sparsecc.runtime.ops import cached_attention, few_rows
 
 OPTIONS = {"passes": ["fuse-few-rows"], "lower": "inductor"}
 X = torch.randn(2, 24)
@@ -38,8 +39,8 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.P
 def measured(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
     asked: list[str] = []
 
-    def measure(text: str, fakes) -> dict[str, float]:
-        asked.append(text)
+    def measure(kind, args) -> dict[str, float]:
+        asked.append(args[-1])
         return seconds
 
     monkeypatch.setattr(kernels, "_measure", measure)
@@ -75,10 +76,28 @@ def test_a_measurement_is_remembered(
     assert all(json.loads(p.read_text())["cpp"] == 1.0 for p in folder.glob("choice-*.json"))
 
 
-def test_a_measurement_measures() -> None:
-    spec = kernels.Spec("none", 0.0, ("p0",))
-    kernels.cpp.few_rows.load(spec)
-    found = kernels._measure(spec.text(), [torch.empty(1, 64), [torch.empty(4096, 64)], []])
+@pytest.mark.parametrize("name", ["few rows", "cached attention"])
+def test_a_measurement_measures(name: str) -> None:
+    if name == "few rows":
+        operator, text = few_rows.few_rows, few_rows.Spec("none", 0.0, ("p0",)).text()
+        args = (torch.empty(1, 64), [torch.empty(4096, 64)], [], text)
+    else:
+        text = cached_attention.Spec(32, 32, 2, True).text()
+        new, cache, angles = (
+            torch.empty(1, 2, 3, 32),
+            torch.empty(1, 2, 90, 32),
+            torch.empty(1, 1, 3, 32),
+        )
+        rest = (
+            torch.empty(3, dtype=torch.int64),
+            [angles, angles],
+            torch.empty(1, 90, dtype=torch.bool),
+        )
+        operator = cached_attention.cached_attention
+        args = (torch.empty(1, 4, 3, 32), new, new, cache, cache, *rest, 0.25, text)
+    kind = kernels.KINDS[operator]
+    kind.load(text)
+    found = kernels._measure(kind, args)
     assert set(found) == {"aten", "cpp"}
     assert all(1e-7 < seconds < 1 for seconds in found.values())
 

@@ -1,0 +1,1 @@
+"""Passes around the cache of keys and values."""
