@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,13 +37,13 @@ class Kind:
 
     Attributes:
         native: the same operator by a generated kernel.
-        load: builds and loads the kernel of a spec's text.
+        load: builds and loads the kernel of a spec's text; its library, whose source lies beside it.
         words: (region, shape) for the report, of a call's arguments.
         meaning: what stands for Inductor's code in a measurement.
     """
 
     native: Any
-    load: Callable[[str], object]
+    load: Callable[[str], pathlib.Path]
     words: Callable[[tuple[Any, ...]], tuple[str, str]]
     meaning: Callable[..., Any]
 
@@ -113,7 +114,7 @@ def _choose(kind: Kind, args: Any, key: str, options: Options) -> KernelChoice:
         choice.reason = f"codegen={options.codegen!r}, lower={options.lower!r}"
         return choice
     try:
-        kind.load(args[-1])
+        choice.source = str(kind.load(args[-1]).with_suffix(".cpp"))
     except BuildError as error:
         log.warning("no kernel is generated (%s): %s", choice.region, error)
         choice.reason = str(error)

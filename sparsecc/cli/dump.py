@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json as jsonlib
 import pathlib
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +15,13 @@ from sparsecc.errors import ModelError, OptionsError, unknown
 if TYPE_CHECKING:
     from sparsecc.cli.models import LoadedModel
     from sparsecc.dump.stages import GraphStages
+    from sparsecc.report.model import Report
 
 Stage = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="captured, canonical, a pass, lowered, or all. "
+        help="captured, canonical, a pass, lowered, all, or kernels (generated sources). "
         "Default: lowered; all for a folder and for html.",
     ),
 ]
@@ -65,10 +67,19 @@ def command(
     from sparsecc.dump.stages import choose
     from sparsecc.inspection import stages
 
+    if stage == "kernels":
+        if form not in ("text", "json"):
+            raise OptionsError(
+                "kernels are sources: --stage kernels goes with --format text or json."
+            )
+        options.setdefault("codegen", "cpp")
     report, graphs = stages(loaded.model, *loaded.args, options=options, **loaded.kwargs)
     if not graphs:
         why = "; ".join(report.fallbacks) or "the model calls no PyTorch operators"
         raise ModelError(f"nothing was captured from {model!r}: {why}.")
+    if stage == "kernels":
+        common.emit(_kernels(report, graph, form == "json"), output)
+        return
     folder = output is not None and _is_folder(output)
     graphs = choose(graphs, stage or ("all" if folder or form == "html" else "lowered"), graph)
     if folder:
@@ -116,6 +127,28 @@ def _joined(graphs: list[GraphStages], form: str, model: str) -> str:
         head = f"{writer.comment} {title}\n" if len(chosen) > 1 else ""
         parts.append(head + writer.write(stage.program, title))
     return "\n".join(parts)
+
+
+def _kernels(report: Report, graph: int | None, as_json: bool) -> str:
+    """The generated source of every region's kernel, each headed by what it is for and what was chosen."""
+    chosen = [(g.index, k) for g in report.graphs if graph in (None, g.index) for k in g.kernels]
+    sources = [
+        pathlib.Path(k.source).read_text(encoding="utf-8") if k.source else "" for _, k in chosen
+    ]
+    if as_json:
+        data = [
+            {"graph": index, **dataclasses.asdict(kernel), "text": text}
+            for (index, kernel), text in zip(chosen, sources, strict=True)
+        ]
+        return jsonlib.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    if not chosen:
+        common.note("no region of this model is one that kernels are generated for")
+    heads = [
+        f"// graph {index}: {kernel.region}, {kernel.shape}, {kernel.count} times; "
+        f"{kernel.source or kernel.reason}\n"
+        for index, kernel in chosen
+    ]
+    return "\n".join(head + text for head, text in zip(heads, sources, strict=True))
 
 
 def _mlir(loaded: LoadedModel, options: dict[str, Any], stage: str, weights: bool) -> str:

@@ -100,6 +100,7 @@ class KernelChoice:
     seconds: dict[str, float] = field(default_factory=dict)
     reason: str = ""  # why it was not measured
     count: int = 1  # regions of this form
+    source: str = ""  # the file of the kernel's generated source
 
 
 @dataclass

@@ -158,6 +158,21 @@ def test_dump_into_a_folder_and_a_file(spec: str, capsys: pytest.CaptureFixture[
     assert "mine.txt" in capsys.readouterr().err
 
 
+def test_dump_kernels_is_their_source(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = succeeds(capsys, "dump", spec, "--stage", "kernels")
+    assert text.startswith("// graph 0: none | p0 + v0, [")
+    assert "//   out0[m, n] = p0 + v0" in text
+    kernels = json.loads(succeeds(capsys, "dump", spec, "--stage", "kernels", "--json"))
+    assert {k["chosen"] for k in kernels} == {"cpp"}
+    assert all(k["text"].startswith("// few_rows_") for k in kernels)
+    assert main(["dump", spec, "--stage", "kernels", "--format", "svg"]) == 2
+    assert "--format text or json" in capsys.readouterr().err
+    assert (
+        json.loads(succeeds(capsys, "dump", spec, "--stage", "kernels", "--json", "--graph", "7"))
+        == []
+    )
+
+
 def test_dump_names_the_stages_that_there_are(
     spec: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
