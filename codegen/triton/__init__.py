@@ -1,0 +1,1 @@
+"""Triton for GPUs, emitted from the specs of the ``sparsecc::`` operators."""
