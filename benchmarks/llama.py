@@ -1,4 +1,4 @@
-"""llama.cpp over the same SmolLM2 weights, where ``llama-cpp-python`` is installed (``pip install llama-cpp-python``)."""
+"""llama.cpp over the same SmolLM2 weights, where ``llama-cpp-python`` is installed."""
 
 from __future__ import annotations
 

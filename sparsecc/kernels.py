@@ -6,84 +6,27 @@ import hashlib
 import json
 import math
 import os
-import pathlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sparsecc.codegen import cpp
-from sparsecc.errors import BuildError
+from sparsecc.errors import BuildError, first_line
 from sparsecc.log import log
 from sparsecc.options import Options
 from sparsecc.program import Program
+from sparsecc.regions import KINDS, Args, Kind, Variant
 from sparsecc.report.model import GraphReport, KernelChoice
 from sparsecc.runtime import native
-from sparsecc.runtime.ops import cached_attention, few_rows
 from sparsecc.timing import side_by_side
 
 # Weights in decoding come from memory: a measurement takes turns over as many copies as no cache holds.
 _COLD = 96 * 2**20  # bytes
 _MOST_COPIES = 512
 _ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Kind:
-    """An operator whose calls are regions; the last argument of each call is the text of its spec.
-
-    Attributes:
-        native: the same operator by a generated kernel.
-        load: builds and loads the kernel of a spec's text; its library, whose source lies beside it.
-        words: (region, shape) for the report, of a call's arguments.
-        meaning: what stands for Inductor's code in a measurement.
-    """
-
-    native: Any
-    load: Callable[[str], pathlib.Path]
-    words: Callable[[tuple[Any, ...]], tuple[str, str]]
-    meaning: Callable[..., Any]
-
-
-def _few_rows_words(args: tuple[Any, ...]) -> tuple[str, str]:
-    x, weights, _, text = args
-    spec = few_rows.Spec.of(text)
-    shape = f"{list(x.shape)} x {', '.join(str(list(w.shape)) for w in weights)}"
-    return " | ".join([spec.norm, *spec.outputs]), shape
-
-
-def _attention_words(args: tuple[Any, ...]) -> tuple[str, str]:
-    q, keys, rotation = args[0], args[3], args[6]
-    return (
-        f"cached attention{' | rotated' * bool(rotation)}",
-        f"{list(q.shape)} over {list(keys.shape)}",
-    )
-
-
-def _attention_meaning(*args: Any) -> torch.Tensor:
-    """Without the rotation: Inductor fuses it, and run operator by operator it would count too much."""
-    *before, _, mask, scale, text = args
-    plain = (*before, [], mask, scale, text)
-    return cached_attention.meaning(*plain)
-
-
-KINDS: Mapping[Any, Kind] = {
-    few_rows.few_rows: Kind(
-        few_rows.few_rows_native,
-        lambda text: cpp.few_rows.load(few_rows.Spec.of(text)),
-        _few_rows_words,
-        few_rows.meaning,
-    ),
-    cached_attention.cached_attention: Kind(
-        cached_attention.cached_attention_native,
-        lambda text: cpp.cached_attention.load(cached_attention.Spec.of(text)),
-        _attention_words,
-        _attention_meaning,
-    ),
-}
+_LANGUAGES = {"cpu": "cpp", "cuda": "triton"}  # of the kernels for one kind of device
 
 
 def select(program: Program, options: Options, record: GraphReport) -> None:
@@ -94,7 +37,7 @@ def select(program: Program, options: Options, record: GraphReport) -> None:
     choices: dict[str, KernelChoice] = {}
     for node in program.calls(*KINDS):
         kind = KINDS[node.target]
-        args = fx.map_arg(node.args, lambda n: n.meta["val"])
+        args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
         key = _key(args)
         choice = choices.get(key)
         if choice is None:
@@ -102,50 +45,97 @@ def select(program: Program, options: Options, record: GraphReport) -> None:
             record.kernels.append(choice)
         else:
             choice.count += 1
-        if choice.chosen == "cpp":
+        if choice.chosen != "aten":
             node.target = kind.native
     if choices:
         program.module.recompile()
 
 
-def _choose(kind: Kind, args: Any, key: str, options: Options) -> KernelChoice:
+def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
     choice = KernelChoice(*kind.words(args), "aten")
     if options.codegen == "aten" or (options.codegen == "auto" and options.lower != "inductor"):
         choice.reason = f"codegen={options.codegen!r}, lower={options.lower!r}"
         return choice
+    device = args[0].device.type
+    language = _LANGUAGES.get(device, "none")
+    if options.codegen not in ("auto", language):
+        choice.reason = f"codegen={options.codegen!r} has no kernels on {device}"
+        return choice
     try:
-        choice.source = str(kind.load(args[-1]).with_suffix(".cpp"))
+        kernels = kind.kernels(args)
+        if options.codegen == language:
+            name, choice.reason = next(iter(kernels)), f"codegen={language!r}"
+            if language != "cpp":  # which is built by now
+                name = next(_running(kernels, _arguments(args)))
+        else:
+            variants = {"aten": Variant(kind.meaning, "aten"), **kernels}
+            seconds = _remembered(key, variants) or _remember(key, _measure(variants, args))
+            name, choice.seconds = min(seconds, key=lambda name: seconds[name]), seconds
     except BuildError as error:
         log.warning("no kernel is generated (%s): %s", choice.region, error)
         choice.reason = str(error)
         return choice
-    if options.codegen == "cpp":
-        choice.chosen, choice.reason = "cpp", "codegen='cpp'"
-        return choice
-    choice.seconds = _remembered(key) or _remember(key, _measure(kind, args))
-    choice.chosen = min(choice.seconds, key=lambda name: choice.seconds[name])
+    choice.source = next(iter(kernels.values())).source
+    if name != "aten":
+        kernels[name].keep()
+        choice.chosen, choice.source = kernels[name].language, kernels[name].source
     return choice
 
 
-def _measure(kind: Kind, args: Any) -> dict[str, float]:
-    """Median seconds of the kernel and of ATen, over tensors that no cache holds."""
-    first = tree_map(_random, args)
-    size = sum(t.nbytes for t in tree_leaves(first) if isinstance(t, torch.Tensor))
-    count = min(math.ceil(_COLD / size), _MOST_COPIES)
+def _running(variants: Mapping[str, Variant], arguments: Args) -> Iterator[str]:
+    """The names of those that a first call builds and runs: a GPU may have too little for some.
+
+    Raises:
+        BuildError: none but "aten" does.
+    """
+    kernels, problem = 0, ""
+    for name, variant in variants.items():
+        try:
+            variant.call(*arguments)
+        except Exception as error:  # whatever Triton or a driver raises: another one runs instead
+            problem = f"{name}: {type(error).__name__}: {first_line(error)}"
+            log.info("not a candidate: %s", problem)
+        else:
+            kernels += variant.language != "aten"
+            yield name
+    if not kernels:
+        raise BuildError(problem)
+
+
+def _measure(variants: Mapping[str, Variant], args: Args) -> dict[str, float]:
+    """Median seconds of each variant, over tensors that no cache holds.
+
+    Raises:
+        BuildError: no kernel runs.
+    """
+    first = _arguments(args)
+    tensors = [t for t in tree_leaves(first) if isinstance(t, torch.Tensor)]
+    size = max(sum(t.nbytes for t in tensors), 1)
+    count = min(math.ceil(_cold(tensors[0].device) / size), _MOST_COPIES)
     copies = [first, *(tree_map(_copy, first) for _ in range(count - 1))]
 
-    def over(call: Any) -> Any:
+    def over(variant: Variant) -> Any:
         def run() -> None:
             for each in copies:
-                call(*each)
+                variant.call(*each)
 
         return run
 
     with torch.inference_mode():
-        timings = side_by_side(
-            {"aten": over(kind.meaning), "cpp": over(kind.native)}, rounds=_ROUNDS
-        )
+        calls = {name: over(variants[name]) for name in _running(variants, first)}
+        timings = side_by_side(calls, rounds=_ROUNDS)
     return {name: timing.median / len(copies) for name, timing in timings.items()}
+
+
+def _cold(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _COLD
+    return max(_COLD, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _arguments(args: Args) -> Args:
+    found: Args = tree_map(_random, args)
+    return found
 
 
 def _random(fake: Any) -> Any:
@@ -155,28 +145,36 @@ def _random(fake: Any) -> Any:
     sizes: list[Any] = list(fake.shape)
     shape = [s if isinstance(s, int) else int(s.node.hint or 1) for s in sizes]
     if fake.dtype.is_floating_point:
-        return torch.randn(shape, dtype=fake.dtype)
+        return torch.randn(shape, dtype=fake.dtype, device=fake.device)
     if fake.dtype is torch.bool:
-        return torch.ones(shape, dtype=torch.bool)
-    return torch.arange(math.prod(shape), dtype=fake.dtype).view(shape)
+        return torch.ones(shape, dtype=torch.bool, device=fake.device)
+    return torch.arange(math.prod(shape), dtype=fake.dtype, device=fake.device).view(shape)
 
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, torch.Tensor) else value
 
 
-def _key(args: Any) -> str:
-    shapes = [tuple(a.shape) if isinstance(a, torch.Tensor) else a for a in tree_leaves(args)]
-    parts = (str(shapes), str(torch.get_num_threads()), *native.machine())
+def _key(args: Args) -> str:
+    leaves = tree_leaves(args)
+    shown = [(tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in leaves]
+    parts = str(shown), _device(leaves[0].device), str(torch.get_num_threads()), *native.machine()
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _remembered(key: str) -> dict[str, float] | None:
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _remembered(key: str, names: Container[str]) -> dict[str, float] | None:
+    """The seconds of the variants that ran, if they are still among ``names``."""
     try:
         found = json.loads((native.folder() / f"choice-{key}.json").read_text(encoding="utf-8"))
-        return {name: float(found[name]) for name in ("aten", "cpp")}
-    except (OSError, ValueError, KeyError, TypeError):
+        seconds = {name: float(value) for name, value in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
+    known = "aten" in seconds and len(seconds) > 1 and all(name in names for name in seconds)
+    return seconds if known else None
 
 
 def _remember(key: str, seconds: dict[str, float]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Pointwise expressions as text: ``silu(p0) * p1 + t0``. One text has an ATen and a C++ meaning.
+"""Pointwise expressions as text: ``silu(p0) * p1 + t0``. One text has a meaning in ATen, C++ and Triton.
 
 The grammar is Python's for ``+ - * /``, unary minus, numbers, names, and calls of ``FUNCTIONS``.
 """
@@ -81,17 +81,49 @@ def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
     return FUNCTIONS[tree.func.id](evaluate(tree.args[0], values))
 
 
-def to_cpp(tree: ast.expr, values: Mapping[str, str]) -> str:
-    """C++ for one element in fp32; ``values`` are the operands' own C++."""
+def render(
+    tree: ast.expr, values: Mapping[str, str], number: str = "{!r}", divide: str = "({} / {})"
+) -> str:
+    """The text of ``tree`` in a language that has C's operators, and ``FUNCTIONS`` by their names.
+
+    Args:
+        values: the operands' own text.
+        number: how a number is written, as a format of a float.
+        divide: how a quotient is written, as a format of both sides.
+    """
+
+    def text(node: ast.expr) -> str:
+        return render(node, values, number, divide)
+
     if isinstance(tree, ast.Name):
         return values[tree.id]
     if isinstance(tree, ast.Constant):
-        return f"{float(tree.value)!r}f"  # type: ignore[arg-type]
+        return number.format(float(tree.value))  # type: ignore[arg-type]
     if isinstance(tree, ast.UnaryOp):
-        return f"-{to_cpp(tree.operand, values)}"
+        return f"-{text(tree.operand)}"
     if isinstance(tree, ast.BinOp):
         _, symbol = _BINARY[type(tree.op)]
-        return f"({to_cpp(tree.left, values)} {symbol} {to_cpp(tree.right, values)})"
+        sides = text(tree.left), text(tree.right)
+        return divide.format(*sides) if symbol == "/" else f"({sides[0]} {symbol} {sides[1]})"
     assert isinstance(tree, ast.Call)
     assert isinstance(tree.func, ast.Name)
-    return f"{tree.func.id}({to_cpp(tree.args[0], values)})"
+    return f"{tree.func.id}({text(tree.args[0])})"
+
+
+def functions(tree: ast.expr) -> set[str]:
+    """The names of ``FUNCTIONS`` that are called."""
+    calls = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return {function.id for function in calls if isinstance(function, ast.Name)}
+
+
+def to_cpp(tree: ast.expr, values: Mapping[str, str]) -> str:
+    """C++ for one element in fp32; ``values`` are the operands' own C++."""
+    return render(tree, values, number="{!r}f")
+
+
+def to_triton(tree: ast.expr, values: Mapping[str, str]) -> str:
+    """Triton for a tile in fp32; ``values`` are the operands' own Triton.
+
+    Functions are those of ``codegen.triton.functions``. Triton's ``/`` is not rounded correctly: see there.
+    """
+    return render(tree, values, divide="divide({}, {})")

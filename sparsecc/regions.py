@@ -1,0 +1,126 @@
+"""The operators whose calls are regions for generated kernels, and what may run each of them."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparsecc.codegen import cpp, triton
+from sparsecc.errors import BuildError
+from sparsecc.runtime.ops import cached_attention, few_rows
+
+Call = Callable[..., Any]
+Args = tuple[Any, ...]  # of a call, with fake tensors; the last one is the text of a spec
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a region.
+
+    Attributes:
+        call: takes a call's arguments.
+        language: "aten", "cpp" or "triton".
+        source: the file of the generated source, to be read.
+        keep: makes this the way from now on, where one operator has several.
+    """
+
+    call: Call
+    language: str
+    source: str = ""
+    keep: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An operator whose calls are regions.
+
+    Attributes:
+        native: the same operator by a generated kernel.
+        words: (region, shape) for the report, of a call's arguments.
+        kernels: the generated variants by name, for arguments on a device, the one to take unmeasured first;
+            raises BuildError where there are none.
+        meaning: what stands for Inductor's code in a measurement.
+    """
+
+    native: Any
+    words: Callable[[Args], tuple[str, str]]
+    kernels: Callable[[Args], dict[str, Variant]]
+    meaning: Call
+
+
+def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
+    return {"cpp": Variant(native, "cpp", str(load().with_suffix(".cpp")))}
+
+
+# ---- few rows --------------------------------------------------------------------------------------
+
+
+def _few_rows_words(args: Args) -> tuple[str, str]:
+    x, weights, _, text = args
+    spec = few_rows.Spec.of(text)
+    shape = f"{list(x.shape)} x {', '.join(str(list(w.shape)) for w in weights)}"
+    return " | ".join([spec.norm, *spec.outputs]), shape
+
+
+def _few_rows_kernels(args: Args) -> dict[str, Variant]:
+    x, weights, _, text = args
+    if x.device.type == "cpu":
+        spec = few_rows.Spec.of(text)
+        return _cpp(few_rows.few_rows_native, lambda: cpp.few_rows.load(spec))
+    if why := triton.build.available():
+        raise BuildError(why)
+    problem = triton.launch.Problem.of(x, weights, text)
+    source = str(problem.module().__file__)
+
+    def cut(config: triton.few_rows.Config) -> Variant:
+        def keep() -> None:
+            triton.launch.choose(problem, config)
+
+        def call(*args: Any) -> Any:
+            keep()
+            return few_rows.few_rows_native(*args)
+
+        return Variant(call, "triton", source, keep)
+
+    return {f"triton {config}": cut(config) for config in problem.configs()}
+
+
+# ---- attention over a cache ------------------------------------------------------------------------
+
+
+def _attention_words(args: Args) -> tuple[str, str]:
+    q, keys, rotation = args[0], args[3], args[6]
+    shape = f"{list(q.shape)} over {list(keys.shape)}"
+    return f"cached attention{' | rotated' * bool(rotation)}", shape
+
+
+def _attention_kernels(args: Args) -> dict[str, Variant]:
+    if args[0].device.type != "cpu":
+        raise BuildError(f"cached attention has no kernel on {args[0].device.type}")
+    spec = cached_attention.Spec.of(args[-1])
+    native = cached_attention.cached_attention_native
+    return _cpp(native, lambda: cpp.cached_attention.load(spec))
+
+
+def _attention_meaning(*args: Any) -> torch.Tensor:
+    """Without the rotation: Inductor fuses it, and run operator by operator it would count too much."""
+    *before, _, mask, scale, text = args
+    plain = (*before, [], mask, scale, text)
+    return cached_attention.meaning(*plain)
+
+
+KINDS: Mapping[Any, Kind] = {
+    few_rows.few_rows: Kind(
+        few_rows.few_rows_native, _few_rows_words, _few_rows_kernels, few_rows.meaning
+    ),
+    cached_attention.cached_attention: Kind(
+        cached_attention.cached_attention_native,
+        _attention_words,
+        _attention_kernels,
+        _attention_meaning,
+    ),
+}
