@@ -300,7 +300,8 @@ def _mismatch(found: Attention) -> str:
     ]
     if not all(isinstance(size, int) for size in known) or not 1 <= q.shape[2] <= MOST_TOKENS:
         return "tokens"
-    floats = [q, found.k.new.meta["val"], found.v.new.meta["val"], *caches]
+    floats = [q, found.node.meta["val"], *caches]
+    floats += [new.meta["val"] for new in (found.k.new, found.v.new)]
     floats += [angle.meta["val"] for angle in found.rotation]
     if not all(t.dtype is torch.float32 and t.device.type == "cpu" for t in floats):
         return "dtype"

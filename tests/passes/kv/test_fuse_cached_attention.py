@@ -239,6 +239,22 @@ def test_other_dtypes_are_refused() -> None:
     assert refusals(report, NAME) == ["dtype"]
 
 
+def test_autocast_is_refused() -> None:
+    """Inside, attention is in half precision, and so is its result."""
+
+    class Wide(Decoder):
+        def heads(self, x):
+            return super().heads(x).float()
+
+    model, args = randomise(Wide()).eval(), inputs()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(*own(args))
+        result, report = run(model, *own(args), codegen="cpp", **ONLY)
+    assert refusals(report, NAME) == ["dtype"]
+    assert result.dtype is expected.dtype is torch.bfloat16
+    torch.testing.assert_close(result, expected)
+
+
 def test_training_is_refused() -> None:
     model = randomise(Decoder()).train()
     args = inputs()
