@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsecc.codegen.cpp import few_rows
+from sparsecc.codegen.cpp import few_rows, rows
 
-__all__ = ["few_rows"]
+__all__ = ["few_rows", "rows"]
