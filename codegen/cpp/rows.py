@@ -1,4 +1,4 @@
-"""C++ for ``sparsecc::rows``: each row is read from memory once and kept in cache while its statistics are taken.
+"""C++ for ``sparsecc::rows``: each row is read from memory once, and its statistics are taken in the cache.
 
 Statistics that depend on others need a later pass over the row; everything that can be had in one pass is
 computed in it. What is dear and needed in several passes is kept in a buffer beside the row. Rows are dealt out
@@ -46,7 +46,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     name = f"rows_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"
     kinds = ", ".join(f"{{{_CODES[o.dtype]}, {_shape(o, s)}}}" for o, s in _outputs(spec))
     counts = ", ".join(str(len(spec.operands(kind))) for kind in "tvs")
-    return f"""// {name}: {str(dtype).removeprefix("torch.")} on CPU, for any number of rows m and of features N.
+    return f"""// {name}: {str(dtype).removeprefix("torch.")} on CPU, for any number of rows m, and N features.
 {_law(spec)}
 // where t<i>[m, n], v<i>[n] and s<i>[m] are operands, and statistics are those of row m.
 
@@ -74,7 +74,9 @@ const RowsKernel kernel = {{run, {counts}, {len(spec.outputs)}, outputs}};
 }}  // namespace
 }}  // namespace sparsecc
 
-extern "C" __attribute__((visibility("default"))) const RowsKernel* rows_kernel() {{ return &sparsecc::kernel; }}
+extern "C" __attribute__((visibility("default"))) const RowsKernel* rows_kernel() {{
+  return &sparsecc::kernel;
+}}
 """
 
 

@@ -90,8 +90,8 @@ inline void store(Float16* address, Vector x, Lanes lanes) {
 template <class Lanes>
 inline void store(Float8E4M3* address, Vector x, Lanes lanes) {
   const Bits size = (Bits)x & 0x7fffffffu, sign = ((Bits)x >> 24) & 0x80u;
-  const Bits number = narrow<3, -6>(size, 0x43e80001u, 0x7fu);  // above 464 it would round past 448
-  const Bytes byte = __builtin_convertvector(sign | number, Bytes);
+  const Bits number = narrow<3, -6>(size, 0x43e00000u, 0x7eu);  // from 448 on: it has no infinity
+  const Bytes byte = __builtin_convertvector(sign | choose((Integers)(x != x), Bits{} + 0x7fu, number), Bytes);
   std::memcpy(address, &byte, bytes(lanes, 1));
 }
 

@@ -52,3 +52,50 @@ def gelu(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def gelu_tanh(x: tl.tensor) -> tl.tensor:
     return 0.5 * x * (1 + tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
+
+
+@triton.jit
+def abs(x: tl.tensor) -> tl.tensor:  # noqa: A001
+    return tl.abs(x)
+
+
+@triton.jit
+def exp(x: tl.tensor) -> tl.tensor:
+    return tl.exp(x)
+
+
+@triton.jit
+def sqrt(x: tl.tensor) -> tl.tensor:
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def rsqrt(x: tl.tensor) -> tl.tensor:
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
+def sign(x: tl.tensor) -> tl.tensor:
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))  # NaN and zero as they are
+
+
+@triton.jit
+def round(x: tl.tensor) -> tl.tensor:  # noqa: A001
+    """Half to even: adding 1.5 * 2^23 leaves no room for a fraction; from 2^22 on there is none to lose."""
+    magic = 12582912.0
+    return tl.where(tl.abs(x) < 4194304.0, (x + magic) - magic, tl.floor(x + 0.5))
+
+
+@triton.jit
+def maximum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    return tl.maximum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def minimum(x: tl.tensor, y: tl.tensor) -> tl.tensor:
+    return tl.minimum(x, y, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamp(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
+    return minimum(maximum(x, low), high)

@@ -56,15 +56,15 @@ struct Kept {
 };
 
 // A tensor whose rows are dense and equally far apart is read where it lies.
-RowsOperand strided(Tensor tensor, Kept& kept) {
+RowsOperand strided(Tensor tensor, int64_t rows, Kept& kept) {
   const int64_t last = tensor.dim() - 1;
-  int64_t stride = 0, rows = 1;
+  int64_t stride = 0, inner = 1;
   bool regular = tensor.size(last) <= 1 || tensor.stride(last) == 1;
-  for (int64_t d = last - 1; d >= 0 && regular; --d) {
+  for (int64_t d = last - 1; d >= 0; --d) {
     if (tensor.size(d) == 1) continue;
-    if (rows == 1) stride = tensor.stride(d);
-    else regular = tensor.stride(d) == stride * rows;
-    rows *= tensor.size(d);
+    if (inner == 1) stride = tensor.stride(d);
+    regular &= tensor.stride(d) == stride * inner;
+    inner *= tensor.size(d);
   }
   if (!regular) {
     tensor = torch::stable::contiguous(tensor);
@@ -138,7 +138,7 @@ std::vector<Tensor> rows(std::vector<Tensor> tensors, std::vector<Tensor> vector
       fail(name('t', i) + " and t0 differ in shape");
     if (!tensors[i].is_cpu() || tensors[i].scalar_type() != x.scalar_type())
       fail(name('t', i) + " must be on CPU and have t0's dtype");
-    tensor_data.push_back(strided(tensors[i], kept));
+    tensor_data.push_back(strided(tensors[i], call.rows, kept));
   }
   for (size_t i = 0; i < vectors.size(); ++i)
     vector_data.push_back(broadcast(name('v', i), vectors[i], shape, call.size, kept));

@@ -66,7 +66,7 @@ class Output:
         text: an expression over operands and statements. What does not vary within a row is ``[..., 1]``.
         dtype: "x" (that of the tensors), "wide" (that of the arithmetic: float32 for half precision),
             "int8" (of whole numbers within its range: the text rounds and clamps) or "float8_e4m3fn"
-            (rounded to even; NaN beyond 448).
+            (rounded to even; the text clamps to 448, beyond which PyTorch's versions differ).
         summed: over all rows: the result is ``[N]``, always "wide".
     """
 
@@ -184,9 +184,10 @@ class _Scope:
         tree = expressions.parse(text.strip(), _FUNCTIONS)
         if isinstance(tree, ast.Name):
             raise ValueError(f"rows: {name!r} is another name of {tree.id!r}")
-        if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name):
-            if tree.func.id in _OVER_ROWS:  # the statement is the operation itself
-                return self._step(name, tree.func.id, self._pointwise(tree.args[0]))
+        function = tree.func if isinstance(tree, ast.Call) else None
+        if isinstance(function, ast.Name) and function.id in _OVER_ROWS:  # needs no name of its own
+            assert isinstance(tree, ast.Call)
+            return self._step(name, function.id, self._pointwise(tree.args[0]))
         return self._step(name, "let", self._pointwise(tree))
 
     def output(self, name: str, text: str) -> Step:
@@ -200,7 +201,7 @@ class _Scope:
         scope = self
 
         class Lift(ast.NodeTransformer):
-            def visit_Call(self, node: ast.Call) -> ast.expr:  # noqa: N802
+            def visit_Call(self, node: ast.Call) -> ast.expr:
                 assert isinstance(node.func, ast.Name)
                 node.args = [self.visit(each) for each in node.args]
                 if node.func.id not in _OVER_ROWS:
@@ -246,7 +247,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 def result_dtype(output: Output, dtype: torch.dtype) -> torch.dtype:
     fixed = {"x": dtype, "wide": wide(dtype)}
-    return fixed.get(output.dtype) or getattr(torch, output.dtype)  # type: ignore[no-any-return]
+    return fixed.get(output.dtype) or getattr(torch, output.dtype)
 
 
 def result_shape(output: Output, step: Step, shape: Sequence[int]) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import torch
+from precision import assert_as_near, squares, wide
 
 from sparsecc.codegen.cpp import few_rows as generator
 from sparsecc.runtime.ops import expressions
@@ -41,16 +42,7 @@ def inputs(name: str, rows: tuple[int, ...], size: int, dtype: torch.dtype = tor
     return x.to(dtype), [w.to(dtype) for w in weights], [o.to(dtype) for o in operands]
 
 
-def squares(results, exact) -> torch.Tensor:
-    """Mean squares of the errors, as shares of the exact values' own (where those are not all zero)."""
-    pairs = zip(results, exact, strict=True)
-    return torch.stack(
-        [(r.double() - e).square().mean() / (e.square().mean() or 1.0) for r, e in pairs]
-    )
-
-
 def check(name: str, *cases) -> None:
-    """Over all ``cases``, each output's root mean square error is at most 1.5 times that of its meaning."""
     text = SPECS[name].text()
     generator.load(SPECS[name])
     ours, aten = [], []
@@ -62,13 +54,7 @@ def check(name: str, *cases) -> None:
         assert all(g.is_contiguous() for g in got)
         ours.append(squares(got, exact))
         aten.append(squares(plain, exact))
-    bound = 1.5 * torch.stack(aten).mean(0).sqrt()
-    rounding = 2 * torch.finfo(torch.float32).eps
-    assert (torch.stack(ours).mean(0).sqrt() <= bound.clamp(min=rounding)).all()
-
-
-def wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.double() for t in tensors]
+    assert_as_near(ours, aten)
 
 
 @pytest.mark.parametrize("name", SPECS)
