@@ -4,57 +4,19 @@ from __future__ import annotations
 
 import threading
 
+import few_rows_cases
 import pytest
 import torch
-from precision import assert_as_near, squares, wide
+from few_rows_cases import ROWS, SIZES, SPECS, check_special_values, inputs
 
 from sparsecc.codegen.cpp import few_rows as generator
 from sparsecc.runtime.ops import expressions
 from sparsecc.runtime.ops.few_rows import Spec, few_rows, few_rows_native, meaning
 
-SPECS = {
-    "one": Spec("none", 0.0, ("p0",)),
-    "q, k, v": Spec("rms", 1e-6, ("p0", "p1 + v0", "p2")),
-    "gate and up": Spec("layer", 1e-5, ("silu(p0) * p1",)),
-    "residual": Spec("none", 0.0, ("t0 + p0",)),
-    "everything": Spec(
-        "rms",
-        None,
-        ("-gelu(p0 + v0) / (2 + sigmoid(p1))", "relu(tanh(p2) - 0.125) * t1", "gelu_tanh(p2)"),
-    ),
-}
-FEATURES = {"one": (7,), "q, k, v": (8, 3, 5), "gate and up": (9, 9), "residual": (6,)}
-FEATURES["everything"] = (5, 5, 13)
-ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3)]
-SIZES = [1, 3, 8, 16, 33, 96, 577]
-
-
-def inputs(name: str, rows: tuple[int, ...], size: int, dtype: torch.dtype = torch.float32):
-    features = FEATURES[name]
-    x = torch.randn(*rows, size)
-    weights = [torch.randn(n, size) / size**0.5 for n in features]
-    spec = SPECS[name]
-    operands: list[torch.Tensor] = []
-    for j in range(len(spec.outputs)):
-        for operand in spec.operands(j):
-            n = features[spec.weights(j)[0]]
-            operands.append(torch.randn(n) if operand[0] == "v" else torch.randn(*rows, n))
-    return x.to(dtype), [w.to(dtype) for w in weights], [o.to(dtype) for o in operands]
-
 
 def check(name: str, *cases) -> None:
-    text = SPECS[name].text()
     generator.load(SPECS[name])
-    ours, aten = [], []
-    for x, weights, operands in cases:
-        got = few_rows_native(x, weights, operands, text)
-        plain = meaning(x, weights, operands, text)
-        exact = meaning(x.double(), wide(weights), wide(operands), text)
-        assert [g.shape for g in got] == [p.shape for p in plain]
-        assert all(g.is_contiguous() for g in got)
-        ours.append(squares(got, exact))
-        aten.append(squares(plain, exact))
-    assert_as_near(ours, aten)
+    few_rows_cases.check(few_rows_native, name, *cases)
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -92,22 +54,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", SPECS)
 def test_special_values_propagate(name: str, special: float) -> None:
     generator.load(SPECS[name])
-    text = SPECS[name].text()
-    for place in ("x", "weight", "operand"):
-        x, weights, operands = inputs(name, (3,), 33)
-        if place == "x":
-            x[1, 5] = special
-        elif place == "weight":
-            weights[0][2, 7] = special
-        elif operands:
-            operands[0].view(-1)[1] = special
-        got = few_rows_native(x, weights, operands, text)
-        # In fp64: PyTorch's own gelu(inf) in fp32 is NaN in vector code and infinity in scalar code.
-        expected = meaning(x.double(), wide(weights), wide(operands), text)
-        for g, e in zip(got, expected, strict=True):
-            assert torch.equal(g.isnan(), e.isnan())
-            assert torch.equal(g.isfinite(), e.isfinite())
-            assert torch.equal(g[g.isinf()].double(), e[e.isinf()])
+    check_special_values(few_rows_native, name, special, (3,))
 
 
 def test_every_element_is_written() -> None:
