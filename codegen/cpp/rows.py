@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sparsecc.codegen.row_schedule import Schedule, law
 from sparsecc.runtime import native
 from sparsecc.runtime.ops import expressions
 from sparsecc.runtime.ops import rows as operator
@@ -27,7 +28,6 @@ FLAGS = ("-march=native", "-ffp-contract=fast", "-fno-math-errno")
 DTYPES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 _STORED = {"wide": "Float32", "int8": "Int8", "float8_e4m3fn": "Float8E4M3"}
 _CODES = {"x": "kAsTensors", "wide": "kWide", "int8": "kInt8", "float8_e4m3fn": "kFloat8E4m3fn"}
-_CHEAP = {"abs", "maximum", "minimum", "clamp", "relu", "round", "sign"}
 _HERE = pathlib.Path(__file__).parent
 _OPERATOR = pathlib.Path(operator.__file__)
 _lock = threading.Lock()
@@ -47,7 +47,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     kinds = ", ".join(f"{{{_CODES[o.dtype]}, {_shape(o, s)}}}" for o, s in _outputs(spec))
     counts = ", ".join(str(len(spec.operands(kind))) for kind in "tvs")
     return f"""// {name}: {str(dtype).removeprefix("torch.")} on CPU, for any number of rows m, and N features.
-{_law(spec)}
+{law(spec, "//")}
 // where t<i>[m, n], v<i>[n] and s<i>[m] are operands, and statistics are those of row m.
 
 #include <algorithm>
@@ -90,82 +90,27 @@ def _shape(output: Output, step: Step) -> str:
     return "kElements" if step.by_feature else "kScalars"
 
 
-def _law(spec: Spec) -> str:
-    lines = [f"//   {statement}" for statement in spec.statements]
-    for j, (output, step) in enumerate(_outputs(spec)):
-        where = "[n]" if output.summed else "[m, n]" if step.by_feature else "[m]"
-        text = f"sum over m of {output.text}" if output.summed else output.text
-        note = "" if output.dtype == "x" or output.summed else f", as {output.dtype}"
-        lines.append(f"//   out{j}{where} = {text}{note}")
-    return "\n".join(lines)
-
-
 class _Writer:
     """The function that computes some rows of one spec."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
-        self.steps = {step.name: step for step in spec.steps}
+        self.schedule = Schedule(spec)
         self.summed = [j for j, output in enumerate(spec.outputs) if output.summed]
-        self.passes = 1 + max(
-            [s.level for s in spec.results] + [s.level - 1 for s in spec.steps if s.op != "let"],
-            default=0,
-        )
-        self.kept: dict[str, int] = {}  # a step of a value for each element -> its buffer
-        for step in spec.steps:
-            if step.op == "hadamard" or (self._is_dear(step) and len(self._readers(step)) > 1):
-                self.kept[step.name] = len(self.kept)
-
-    # ---- what happens when ---------------------------------------------------------------------------
-
-    def _goals(self, turn: int) -> list[Step]:
-        """What pass ``turn`` over the row is made for: operations on the row, and outputs."""
-        whole = [s for s in self.spec.steps if s.op != "let" and s.level - 1 == turn]
-        return whole + [s for s in self.spec.results if s.by_feature and s.level == turn]
-
-    def _needed(self, turn: int, stop: bool = True) -> list[Step]:
-        """The values for each element that pass ``turn`` computes or, if ``stop``, takes from its buffer."""
-        found: set[str] = set()
-        todo = [name for goal in self._goals(turn) for name in expressions.names(goal.tree)]
-        while todo:
-            step = self.steps.get(todo.pop())
-            if step is None or not step.by_feature or step.name in found:
-                continue
-            found.add(step.name)
-            if not (stop and self._is_in_buffer(step, turn)):
-                todo += expressions.names(step.tree) if step.op == "let" else []
-        return [step for step in self.spec.steps if step.name in found]
-
-    def _is_in_buffer(self, step: Step, turn: int) -> bool:
-        return step.name in self.kept and (step.op == "hadamard" or self._first(step) < turn)
-
-    def _readers(self, step: Step) -> list[int]:
-        return [turn for turn in range(self.passes) if step in self._needed(turn, stop=False)]
-
-    def _first(self, step: Step) -> int:
-        return self._readers(step)[0]
-
-    def _is_dear(self, step: Step) -> bool:
-        """Whether it costs more to compute a value again than to read it from the cache."""
-        calls = [n.func for n in ast.walk(step.tree) if isinstance(n, ast.Call)]
-        dear = any(isinstance(f, ast.Name) and f.id not in _CHEAP for f in calls)
-        divided = any(isinstance(n, ast.Div) for n in ast.walk(step.tree))
-        return step.op == "let" and step.by_row and step.by_feature and (dear or divided)
-
-    # ---- how it is written -----------------------------------------------------------------------------
 
     def rows(self) -> str:
         lines = ["void rows(const Rows& call, int64_t begin, int64_t end, float* sums) {"]
         lines.append("  const int64_t size = call.size;")
-        if self.kept:
-            lines.append(f"  std::vector<float> buffer({len(self.kept)} * size);")
-        for name, i in self.kept.items():
+        kept = self.schedule.kept
+        if kept:
+            lines.append(f"  std::vector<float> buffer({len(kept)} * size);")
+        for i, name in enumerate(kept):
             lines.append(f"  float* const kept_{name} = buffer.data() + {i} * size;")
         lines.append("  for (int64_t m = begin; m < end; ++m) {")
         lines += [f"    {line}" for line in self._operands()]
-        for turn in range(self.passes):
+        for turn in range(self.schedule.passes):
             lines += [f"    {line}" for line in (*self._scalars(turn), *self._pass(turn))]
-        lines += [f"    {line}" for line in self._scalars(self.passes)]
+        lines += [f"    {line}" for line in self._scalars(self.schedule.passes)]
         lines += ["  }", "}"]
         return "\n".join(lines)
 
@@ -185,16 +130,15 @@ class _Writer:
             yield f"float* out{j} = sums + {i} * size;"
 
     def _scalars(self, turn: int) -> Iterator[str]:
-        """What is one number for a row and can be had before pass ``turn``."""
-        for step in self.spec.steps:
-            if step.op == "let" and not step.by_feature and step.level == turn:
-                yield f"const float {step.name}_ = {self._text(step.tree, '')};"
-        for j, step in enumerate(self.spec.results):
-            if not step.by_feature and step.level == turn:
-                yield f"store_one(out{j}, {self._text(step.tree, '')});"
+        for step in self.schedule.scalars(turn):
+            value = self._text(step.tree, "")
+            if step in self.spec.results:
+                yield f"store_one({step.name}, {value});"
+            else:
+                yield f"const float {step.name}_ = {value};"
 
     def _pass(self, turn: int) -> Iterator[str]:
-        goals = self._goals(turn)
+        goals = self.schedule.goals(turn)
         if not goals:
             return
         statistics = [s for s in goals if s.op not in ("let", "hadamard")]
@@ -213,19 +157,17 @@ class _Writer:
                 yield f"hadamard(kept_{step.name}, size);"
 
     def _body(self, turn: int, goals: list[Step]) -> Iterator[str]:
-        needed = self._needed(turn)
-        computed = [s for s in needed if not self._is_in_buffer(s, turn)]
-        read = {n for s in (*computed, *goals) for n in expressions.names(s.tree)}
+        needed = self.schedule.needed(turn)
+        computed = [s for s in needed if not self.schedule.is_kept(s, turn)]
         for kind in "tv":
-            for name in self.spec.operands(kind):
-                if name in read:
-                    yield f"const Vector {name}_n = load({name} + n, lanes);"
+            for name in self.schedule.read([*computed, *goals], kind):
+                yield f"const Vector {name}_n = load({name} + n, lanes);"
         for step in needed:
             if step not in computed:
                 yield f"const Vector {step.name}_n = load(kept_{step.name} + n, lanes);"
                 continue
             yield f"const Vector {step.name}_n = {self._text(step.tree, '_n')};"
-            if step.name in self.kept:
+            if step.name in self.schedule.kept:
                 yield f"store(kept_{step.name} + n, {step.name}_n, lanes);"
         for step in goals:
             value = self._text(step.tree, "_n")
@@ -241,7 +183,7 @@ class _Writer:
     def _text(self, tree: ast.expr, element: str) -> str:
         values = {"N": "float(size)"}
         for name in expressions.names(tree):
-            step = self.steps.get(name)
+            step = self.schedule.steps.get(name)
             if step is not None:
                 values[name] = f"{name}{element if step.by_feature else '_'}"
             elif name[0] in "tv" and name != "N":
