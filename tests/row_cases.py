@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from precision import assert_as_near, squares, wide
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecc.runtime.ops import catalogue
-from sparsecc.runtime.ops.rows import Output, Spec
+from sparsecc.runtime.ops.rows import Output, Spec, meaning
 
 Operands = tuple[list[Tensor], list[Tensor], list[Tensor]]
+Run = Callable[[list[Tensor], list[Tensor], list[Tensor], str], list[Tensor]]
 EPS = 1e-5
 
 
@@ -183,3 +185,69 @@ HADAMARD["hadamard, int8"] = Case(
 
 def _functions(x: Tensor, shift: Tensor) -> Tensor:
     return torch.tanh(x) + F.gelu(x) - F.gelu(x - shift, approximate="tanh")
+
+
+ALL = {**CASES, **HADAMARD}
+SIZES = [1, 2, 3, 15, 16, 17, 64, 100, 577, 4099]
+
+
+def sizes(name: str, most: int = 10**9) -> list[int]:
+    """Numbers of features to try a case with, up to ``most`` where it does not fix one."""
+    if name in HADAMARD:
+        return [256 if name.endswith("int8") else int(name.split()[1])]
+    least = 2 if name == "evonorm s0" else 1
+    return [n for n in SIZES if least <= n <= most]
+
+
+def doubled(operands: Operands) -> Operands:
+    t, v, s = operands
+    return wide(t), wide(v), wide(s)
+
+
+def assert_rounded(got: Tensor, exact: Tensor) -> None:
+    """``got`` is ``exact`` rounded to its dtype, but for what arithmetic in fp32 may do at a tie."""
+    nearest = exact.to(got.dtype).double() if got.dtype is not torch.int8 else exact.round()
+    slack = 1e-5 * exact.abs().clamp(min=1)
+    assert ((got.double() - exact).abs() <= (nearest - exact).abs() + slack).all()
+
+
+def check(run: Run, case: Case, *cases: Operands) -> None:
+    """``run`` is as near to the formula in fp64 as the meaning, in what is rounded to integers too."""
+    text = case.spec.text()
+    ours, aten = [], []
+    for operands in cases:
+        got, plain = run(*operands, text), meaning(*operands, text)
+        exact = case.formula(*doubled(operands))
+        assert [(g.shape, g.dtype) for g in got] == [(p.shape, p.dtype) for p in plain]
+        assert all(g.is_contiguous() for g in got)
+        is_float = [g.dtype.itemsize > 1 for g in got]
+        for each in (got, plain):
+            for result, e, continuous in zip(each, exact, is_float, strict=True):
+                if not continuous:
+                    assert_rounded(result, e)
+        if any(is_float):
+            ours.append(squares(*_those(is_float, got, exact)))
+            aten.append(squares(*_those(is_float, plain, exact)))
+    if ours:
+        assert_as_near(ours, aten)
+
+
+def _those(which: list[bool], *lists: list[Tensor]) -> list[list[Tensor]]:
+    return [[each for each, kept in zip(one, which, strict=True) if kept] for one in lists]
+
+
+def check_special_values(run: Run, name: str, special: float, most: int = 10**9) -> None:
+    """A NaN or infinity in an operand is where it is in the meaning."""
+    case = ALL[name]
+    for kind in range(3):
+        operands = case.operands((3, sizes(name, most)[-1]))
+        if not operands[kind]:
+            continue
+        operands[kind][0].view(-1)[-1] = special
+        got = run(*operands, case.spec.text())
+        expected = meaning(*doubled(operands), case.spec.text())
+        for g, e in zip(got, expected, strict=True):
+            g, e = g.float(), e.float()  # fp8 has no isfinite
+            assert torch.equal(g.isnan(), e.isnan())
+            assert torch.equal(g.isfinite(), e.isfinite())
+            assert torch.equal(g[g.isinf()], e[e.isinf()])

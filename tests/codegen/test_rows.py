@@ -6,60 +6,37 @@ import threading
 
 import pytest
 import torch
-from precision import assert_as_near, squares, wide
-from row_cases import CASES, HADAMARD, Case, Operands, rational, walsh
+from precision import squares, wide
+from row_cases import (
+    ALL,
+    CASES,
+    Case,
+    assert_rounded,
+    check,
+    check_special_values,
+    doubled,
+    rational,
+    sizes,
+    walsh,
+)
 
 from sparsecc.codegen.cpp import rows as generator
 from sparsecc.runtime.ops import catalogue
 from sparsecc.runtime.ops.rows import Output, Spec, meaning, rows, rows_native
 
-ALL = {**CASES, **HADAMARD}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = [(1,), (2, 3), (7,)]
-SIZES = [1, 2, 3, 15, 16, 17, 64, 100, 577, 4099]
 
 
-def doubled(operands: Operands) -> Operands:
-    t, v, s = operands
-    return wide(t), wide(v), wide(s)
+def run(t: list[torch.Tensor], v, s, text: str) -> list[torch.Tensor]:
+    """The operator by the kernel that is generated for these tensors."""
+    generator.load(Spec.of(text), t[0].dtype)
+    result: list[torch.Tensor] = rows_native(t, v, s, text)
+    return result
 
 
-def sizes(name: str) -> list[int]:
-    if name in HADAMARD:
-        return [256 if name.endswith("int8") else int(name.split()[1])]
-    return SIZES[1:] if name == "evonorm s0" else SIZES
-
-
-def assert_rounded(got: torch.Tensor, exact: torch.Tensor) -> None:
-    """``got`` is ``exact`` rounded to its dtype, but for what arithmetic in fp32 may do at a tie."""
-    nearest = exact.to(got.dtype).double() if got.dtype is not torch.int8 else exact.round()
-    slack = 1e-5 * exact.abs().clamp(min=1)
-    assert ((got.double() - exact).abs() <= (nearest - exact).abs() + slack).all()
-
-
-def check(case: Case, *cases: Operands) -> None:
-    text = case.spec.text()
-    ours, aten = [], []
-    for operands in cases:
-        generator.load(case.spec, operands[0][0].dtype)
-        got, plain = rows_native(*operands, text), meaning(*operands, text)
-        exact = case.formula(*doubled(operands))
-        assert [(g.shape, g.dtype) for g in got] == [(p.shape, p.dtype) for p in plain]
-        assert all(g.is_contiguous() for g in got)
-        is_float = [g.dtype.itemsize > 1 for g in got]
-        for each in (got, plain):
-            for result, e, continuous in zip(each, exact, is_float, strict=True):
-                if not continuous:
-                    assert_rounded(result, e)
-        if any(is_float):
-            ours.append(squares(*_those(is_float, got, exact)))
-            aten.append(squares(*_those(is_float, plain, exact)))
-    if ours:
-        assert_as_near(ours, aten)
-
-
-def _those(which: list[bool], *lists: list[torch.Tensor]) -> list[list[torch.Tensor]]:
-    return [[each for each, kept in zip(one, which, strict=True) if kept] for one in lists]
+def native(case: Case, *operands: list[torch.Tensor]) -> list[torch.Tensor]:
+    return run(*operands, case.spec.text())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -79,7 +56,7 @@ def test_the_meaning_is_the_formula(name: str) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_as_near_to_fp64_as_aten(name: str, dtype: torch.dtype) -> None:
     case = ALL[name]
-    check(case, *(case.operands((*r, n), dtype) for r in ROWS for n in sizes(name)))
+    check(run, case, *(case.operands((*r, n), dtype) for r in ROWS for n in sizes(name)))
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 6e4])
@@ -90,13 +67,13 @@ def test_small_and_large_rows(name: str, amplitude: float) -> None:
         tensors = [t.clamp(-1, 1).mul(amplitude).to(dtype) for t in operands[0]]
         if tensors[0].dtype is torch.float16 and len(tensors) > 1:
             tensors[1] = -tensors[1].abs().copysign(tensors[0])  # whose sum fits float16
-        check(CASES[name], (tensors, *operands[1:]))
+        check(run, CASES[name], (tensors, *operands[1:]))
 
 
 def test_a_variance_beside_a_large_mean() -> None:
     case = CASES["evonorm b0"]
     (x,), v, s = case.operands((6, 577))
-    check(case, ([x + 1000], v, s))
+    check(run, case, ([x + 1000], v, s))
 
 
 def test_powers_that_would_overflow() -> None:
@@ -105,12 +82,6 @@ def test_powers_that_would_overflow() -> None:
     (got,) = native(case, [x * 1e30], v, s)
     (exact,) = case.formula([x.double() * 1e30], [], wide(s))
     torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5)
-
-
-def native(case: Case, *operands: list[torch.Tensor]) -> list[torch.Tensor]:
-    generator.load(case.spec, operands[0][0].dtype)
-    result: list[torch.Tensor] = rows_native(*operands, case.spec.text())
-    return result
 
 
 @pytest.mark.parametrize("name", ["residual, layer, int8 by token", "evonorm s0", "simple gate"])
@@ -125,14 +96,16 @@ def test_inputs_that_are_not_contiguous(name: str) -> None:
         "one row for all": [x[:1, :1].expand_as(x) for x in t],
     }
     for tensors in layouts.values():
-        check(case, (tensors, [torch.stack([w, w], -1)[..., 0] for w in v], s))
+        check(run, case, (tensors, [torch.stack([w, w], -1)[..., 0] for w in v], s))
 
 
 def test_operands_in_half_precision() -> None:
     case = CASES["evonorm b0"]
     t, v, s = case.operands((2, 3, 40), torch.bfloat16)
     check(
-        case, (t, v, [each.to(dtype) for each, dtype in zip(s, DTYPES + DTYPES[:1], strict=True)])
+        run,
+        case,
+        (t, v, [each.to(dtype) for each, dtype in zip(s, DTYPES + DTYPES[:1], strict=True)]),
     )
 
 
@@ -148,19 +121,7 @@ def test_empty(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", [n for n in ALL if "int8" not in n])
 def test_special_values_propagate(name: str, special: float) -> None:
-    case = ALL[name]
-    for kind in range(3):
-        operands = case.operands((3, sizes(name)[-1]))
-        if not operands[kind]:
-            continue
-        operands[kind][0].view(-1)[-1] = special
-        got = native(case, *operands)
-        expected = meaning(*doubled(operands), case.spec.text())
-        for g, e in zip(got, expected, strict=True):
-            g, e = g.float(), e.float()  # fp8 has no isfinite
-            assert torch.equal(g.isnan(), e.isnan())
-            assert torch.equal(g.isfinite(), e.isfinite())
-            assert torch.equal(g[g.isinf()], e[e.isinf()])
+    check_special_values(run, name, special)
 
 
 def test_a_row_of_zeros_and_one_of_nan_in_int8() -> None:
@@ -271,7 +232,7 @@ def test_gradients_of_groups() -> None:
 
 def test_sums_over_many_rows() -> None:
     case = CASES["group rational, backward"]
-    check(case, *(case.operands((n, 33)) for n in (31, 32, 33, 64 * 32 + 1, 9000)))
+    check(run, case, *(case.operands((n, 33)) for n in (31, 32, 33, 64 * 32 + 1, 9000)))
 
 
 def test_the_operator_is_differentiable() -> None:
@@ -321,10 +282,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_two_threads_at_once() -> None:
     """Each gets the bits that it gets alone."""
-    cases = {
-        name: case.operands((40, sizes(name)[-2 if name in CASES else 0]))
-        for name, case in ALL.items()
-    }
+    cases = {name: case.operands((40, sizes(name, 577)[-1])) for name, case in ALL.items()}
     alone = {name: native(ALL[name], *operands) for name, operands in cases.items()}
     wrong: list[str] = []
 
