@@ -140,13 +140,18 @@ def row_min(x: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def _butterflies(x: tl.tensor, SIZE: tl.constexpr, WIDTH: tl.constexpr) -> tl.tensor:
+    """Sums and differences of the elements that are WIDTH apart."""
+    pairs = tl.permute(tl.reshape(x, [SIZE // (2 * WIDTH), 2, WIDTH]), [0, 2, 1])
+    a, b = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [SIZE])
+
+
+@triton.jit
 def hadamard(x: tl.tensor, SIZE: tl.constexpr, LOG: tl.constexpr) -> tl.tensor:
     """The Walsh–Hadamard transform of SIZE = 2 ** LOG elements."""
     for i in tl.static_range(LOG):
-        width: tl.constexpr = 2**i
-        pairs = tl.permute(tl.reshape(x, [SIZE // (2 * width), 2, width]), [0, 2, 1])
-        a, b = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(a + b, a - b), [0, 2, 1]), [SIZE])
+        x = _butterflies(x, SIZE, 2**i)
     return x
 
 

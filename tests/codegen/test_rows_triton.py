@@ -32,8 +32,8 @@ def test_on_a_gpu() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("size", [1000, 4096, 8192, 12288])
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [8192, 12288])
 @pytest.mark.parametrize("name", [name for name in ALL if not re.search(r"hadamard \d", name)])
 def test_built_it_needs_no_more_than_a_gpu_has(name: str, size: int, dtype: torch.dtype) -> None:
     spec = ALL[name].spec
