@@ -18,6 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 import compile_time
 import crmsnorm
 import decode
+import few_rows
 import freshness
 import networks
 import speed
@@ -33,6 +34,7 @@ SUITES = {
     "compile": compile_time.run,
     "crmsnorm": crmsnorm.run,
     "decode": decode.run,
+    "few_rows": few_rows.run,
 }
 
 

@@ -6,13 +6,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from sparsecc.codegen import cpp
-from sparsecc.errors import BuildError
+from sparsecc.codegen import cpp, triton
+from sparsecc.errors import BuildError, first_line
 from sparsecc.log import log
 from sparsecc.options import Options
 from sparsecc.program import Program
@@ -24,6 +24,9 @@ from sparsecc.timing import side_by_side
 # Weights in decoding come from memory: a measurement takes turns over as many copies as no cache holds.
 _COLD = 96 * 2**20  # bytes
 _ROUNDS = 7
+_LANGUAGES = {"cpu": "cpp", "cuda": "triton"}  # of the kernels for one kind of device
+_Call = Callable[..., Any]
+_Arguments = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
 
 
 def select(program: Program, options: Options, record: GraphReport) -> None:
@@ -42,7 +45,7 @@ def select(program: Program, options: Options, record: GraphReport) -> None:
             record.kernels.append(choice)
         else:
             choice.count += 1
-        if choice.chosen == "cpp":
+        if choice.chosen != "aten":
             node.target = few_rows_native
     if choices:
         program.module.recompile()
@@ -55,29 +58,93 @@ def _choose(text: str, fakes: list[Any], key: str, options: Options) -> KernelCh
     if options.codegen == "aten" or (options.codegen == "auto" and options.lower != "inductor"):
         choice.reason = f"codegen={options.codegen!r}, lower={options.lower!r}"
         return choice
+    device = fakes[0].device.type
+    language = _LANGUAGES.get(device, "none")
+    if options.codegen not in ("auto", language):
+        choice.reason = f"codegen={options.codegen!r} has no kernels on {device}"
+        return choice
     try:
-        cpp.few_rows.load(spec)
+        variants = _variants(text, fakes)
+        if options.codegen == language:
+            kernels = {name: call for name, call in variants.items() if name != "aten"}
+            name, choice.reason = next(iter(kernels)), f"codegen={language!r}"
+            if language != "cpp":  # which is built by now
+                name = next(_running(kernels, text, _arguments(fakes)))
+        else:
+            seconds = _remembered(key, variants) or _remember(key, _measure(text, fakes))
+            name, choice.seconds = min(seconds, key=lambda name: seconds[name]), seconds
     except BuildError as error:
         log.warning("no kernel is generated (%s): %s", choice.region, error)
         choice.reason = str(error)
         return choice
-    if options.codegen == "cpp":
-        choice.chosen, choice.reason = "cpp", "codegen='cpp'"
-        return choice
-    choice.seconds = _remembered(key) or _remember(key, _measure(text, fakes))
-    choice.chosen = min(choice.seconds, key=lambda name: choice.seconds[name])
+    choice.chosen = name.split()[0]
+    if choice.chosen == "triton":
+        _cut(text, fakes, name)
     return choice
 
 
+def _variants(text: str, fakes: list[Any]) -> dict[str, _Call]:
+    """What may run a region: "aten" first, then its kernel, which on GPUs may be cut in several ways.
+
+    Raises:
+        BuildError: there is no kernel.
+    """
+    if fakes[0].device.type == "cpu":
+        cpp.few_rows.load(Spec.of(text))
+        return {"aten": meaning, "cpp": few_rows_native}
+    if why := triton.build.available():
+        raise BuildError(why)
+
+    def cut(name: str) -> _Call:
+        def call(*args: Any) -> Any:
+            _cut(text, fakes, name)
+            return few_rows_native(*args)
+
+        return call
+
+    return {"aten": meaning, **{name: cut(name) for name in _cuts(text, fakes)}}
+
+
+def _cuts(text: str, fakes: list[Any]) -> dict[str, triton.few_rows.Config]:
+    problem = triton.launch.Problem.of(fakes[0], fakes[1], text)
+    return {f"triton {config}": config for config in problem.configs()}
+
+
+def _cut(text: str, fakes: list[Any], name: str) -> None:
+    problem = triton.launch.Problem.of(fakes[0], fakes[1], text)
+    triton.launch.choose(problem, _cuts(text, fakes)[name])
+
+
+def _running(variants: dict[str, _Call], text: str, arguments: _Arguments) -> Iterator[str]:
+    """The names of those that a first call builds and runs: a GPU may have too little for some.
+
+    Raises:
+        BuildError: none but "aten" does.
+    """
+    kernels, problem = 0, ""
+    for name, call in variants.items():
+        try:
+            call(*arguments, text)
+        except Exception as error:  # whatever Triton or a driver raises: another one runs instead
+            problem = f"{name}: {type(error).__name__}: {first_line(error)}"
+            log.info("not a candidate: %s", problem)
+        else:
+            kernels += name != "aten"
+            yield name
+    if not kernels:
+        raise BuildError(problem)
+
+
 def _measure(text: str, fakes: list[Any]) -> dict[str, float]:
-    """Median seconds of the kernel and of ATen, over weights that no cache holds."""
-    x, weights, operands = (
-        _random(fakes[0]),
-        [_random(w) for w in fakes[1]],
-        [_random(o) for o in fakes[2]],
-    )
+    """Median seconds of each variant, over weights that no cache holds.
+
+    Raises:
+        BuildError: no kernel runs.
+    """
+    x, weights, operands = arguments = _arguments(fakes)
     size = sum(w.nbytes for w in weights)
-    copies = [weights] + [[w.clone() for w in weights] for _ in range(math.ceil(_COLD / size) - 1)]
+    count = math.ceil(_cold(x.device) / size)
+    copies = [weights] + [[w.clone() for w in weights] for _ in range(count - 1)]
 
     def over(call: Any) -> Any:
         def run() -> None:
@@ -87,28 +154,50 @@ def _measure(text: str, fakes: list[Any]) -> dict[str, float]:
         return run
 
     with torch.inference_mode():
-        timings = side_by_side(
-            {"aten": over(meaning), "cpp": over(few_rows_native)}, rounds=_ROUNDS
-        )
+        variants = _variants(text, fakes)
+        calls = {name: over(variants[name]) for name in _running(variants, text, arguments)}
+        timings = side_by_side(calls, rounds=_ROUNDS)
     return {name: timing.median / len(copies) for name, timing in timings.items()}
 
 
-def _random(fake: torch.Tensor) -> torch.Tensor:
-    return torch.randn(tuple(fake.shape), dtype=fake.dtype)
+def _cold(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _COLD
+    return max(_COLD, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _arguments(fakes: list[Any]) -> _Arguments:
+    def random(fake: torch.Tensor) -> torch.Tensor:
+        return torch.randn(tuple(fake.shape), dtype=fake.dtype, device=fake.device)
+
+    return random(fakes[0]), [random(w) for w in fakes[1]], [random(o) for o in fakes[2]]
 
 
 def _key(text: str, fakes: Sequence[Any]) -> str:
-    shapes = [tuple(t.shape) for t in (fakes[0], *fakes[1], *fakes[2])]
-    parts = (text, str(shapes), str(torch.get_num_threads()), *native.machine())
+    tensors = [(tuple(t.shape), t.dtype) for t in (fakes[0], *fakes[1], *fakes[2])]
+    parts = (
+        text,
+        str(tensors),
+        _device(fakes[0].device),
+        str(torch.get_num_threads()),
+        *native.machine(),
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _remembered(key: str) -> dict[str, float] | None:
+def _device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _remembered(key: str, names: Container[str]) -> dict[str, float] | None:
+    """The seconds of the variants that ran, if they are still among ``names``."""
     try:
         found = json.loads((native.folder() / f"choice-{key}.json").read_text(encoding="utf-8"))
-        return {name: float(found[name]) for name in ("aten", "cpp")}
-    except (OSError, ValueError, KeyError, TypeError):
+        seconds = {name: float(value) for name, value in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
         return None
+    known = "aten" in seconds and len(seconds) > 1 and all(name in names for name in seconds)
+    return seconds if known else None
 
 
 def _remember(key: str, seconds: dict[str, float]) -> dict[str, float]:

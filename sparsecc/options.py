@@ -15,7 +15,7 @@ from sparsecc.passes.base import Pass
 _CHOICES = {
     "preset": tuple(registry.PRESETS),
     "verify": ("off", "final", "each"),
-    "codegen": ("auto", "aten", "cpp"),
+    "codegen": ("auto", "aten", "cpp", "triton"),
     "lower": ("inductor", "aot_eager", "eager"),
     "freshness": ("probe", "version", "hash"),
 }
@@ -34,8 +34,9 @@ class Options:
         strict: raise where sparsecc would otherwise fall through to Inductor.
         verify: "off"; "final": compare the compiled graph with fp64 at its first call; "each": every pass too.
         codegen: what runs a region that has a kernel: "aten" (its meaning, through Inductor), "cpp" (generated
-            C++, on CPU), "auto" (the faster of both, measured once for each region and machine). Other than
-            with "aten", the passes that make such regions run too.
+            C++, on CPU), "triton" (generated Triton, on GPUs), "auto" (the faster of "aten" and the device's
+            own, measured once for each region and machine). Other than with "aten", the passes that make such
+            regions run too.
         lower: who compiles the rewritten graph: "inductor", "aot_eager" (PyTorch's autograd, no code
             generation) or "eager".
         freshness: how changed weights are noticed at each call: "probe" (identity, address, version and a

@@ -43,7 +43,7 @@ def call(network: nn.Module, **options):
         ({"strict": 1}, "True or False"),
         ({"fuel": -1}, "whole number"),
         ({"preset": "fastest"}, "Valid: default, none"),
-        ({"codegen": "triton"}, "Valid: aot, auto".replace("aot", "aten")),
+        ({"codegen": "cuda"}, "Valid: aten, auto, cpp, triton"),
         ({"lower": "inductr"}, "Did you mean 'inductor'"),
         ({"report": "out.txt"}, ".json or .html"),
         ({"recipe": "x.recipe"}, "no calibrated passes"),

@@ -136,11 +136,4 @@ def _check(
             require(operands[i].numel() == count, f"{name} is not as large as output {j} needs it")
 
 
-def ready(x: torch.Tensor) -> str:
-    """Why ``run`` cannot take ``x``'s device here; empty where it can."""
-    if why := build.available():
-        return why
-    return "" if x.is_cuda else f"generated Triton runs on GPUs, not on {x.device.type}"
-
-
 torch.library.impl("sparsecc::few_rows_native", "CUDA", run)

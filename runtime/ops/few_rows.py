@@ -118,5 +118,6 @@ torch.library.register_fake("sparsecc::few_rows_native", _shapes, lib=_LIBRARY)
 
 # The operator as programs have it: wherever it is traced through, it is its meaning.
 few_rows = torch.ops.sparsecc.few_rows.default
-# The same by a generated kernel, on CPU: ``codegen.cpp.few_rows.load`` must have loaded that of the spec.
+# The same by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec; on
+# a GPU ``codegen.triton.launch`` builds it at the first call.
 few_rows_native = torch.ops.sparsecc.few_rows_native.default

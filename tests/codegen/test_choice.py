@@ -7,11 +7,16 @@ import pathlib
 
 import pytest
 import torch
-from support import agree, randomise, run
+from support import agree, capture, randomise, run
 from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.nn import functional as F
 
-from sparsecc import kernels
+from sparsecc import kernels, pipeline
 from sparsecc.errors import BuildError
+from sparsecc.options import Options
+from sparsecc.report.model import GraphReport, KernelChoice
+from sparsecc.runtime.ops.few_rows import few_rows_native
 
 OPTIONS = {"passes": ["fuse-few-rows"], "lower": "inductor"}
 X = torch.randn(2, 24)
@@ -109,3 +114,114 @@ def test_without_code_generation_nothing_is_measured(
             assert {k.chosen for k in report.graphs[0].kernels} == {"aten"}
             assert all(k.reason for k in report.graphs[0].kernels)
     assert asked == []
+
+
+# ---- on GPUs, as far as that is decided without one ----------------------------------------------------
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(24, 24, device="cuda", dtype=torch.bfloat16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.silu(F.linear(x, self.weight))
+
+
+def choose_on_cuda(codegen: str) -> tuple[KernelChoice, bool]:
+    """What is chosen for a layer on a GPU that is not here, and whether the kernel is in the program."""
+    options, record = Options.parse({**OPTIONS, "codegen": codegen}), GraphReport(0)
+    with FakeTensorMode(), torch.no_grad():
+        program = capture(Layer(), torch.empty(2, 24, device="cuda", dtype=torch.bfloat16))
+        pipeline.run(program, options, record)
+        kernels.select(program, options, record)
+    (choice,) = record.kernels
+    return choice, bool(list(program.calls(few_rows_native)))
+
+
+@pytest.fixture
+def gpu(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """A GPU by name alone, and how kernels for it were told to be cut."""
+    chosen: dict = {}
+    monkeypatch.setattr(kernels, "_device", lambda device: "a GPU")
+    monkeypatch.setattr(kernels.triton.build, "available", lambda: "")
+    monkeypatch.setattr(kernels.triton.launch, "_chosen", chosen)
+    return chosen
+
+
+CUTS = {"aten": 3.0, "triton 4x32, 4 warps, 1 stages": 2.0, "triton 8x32, 4 warps, 1 stages": 1.0}
+
+
+def test_the_fastest_cut_runs(gpu: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = measured(monkeypatch, **CUTS)
+    for _ in range(2):  # the second time by what is remembered
+        gpu.clear()
+        choice, runs = choose_on_cuda("auto")
+        assert (choice.chosen, choice.seconds, runs) == ("triton", CUTS, True)
+        ((problem, config),) = gpu.items()
+        assert (problem.rows, problem.size, problem.features) == (2, 24, (24,))
+        assert problem.dtype is torch.bfloat16
+        assert str(config) == "8x32, 4 warps, 1 stages"
+    assert len(asked) == 1
+
+
+def test_a_cut_that_is_not_known_any_more_is_measured_anew(
+    gpu: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured(monkeypatch, **CUTS, **{"triton 3x3, 3 warps, 3 stages": 4.0})
+    choose_on_cuda("auto")
+    asked = measured(monkeypatch, **CUTS)
+    assert choose_on_cuda("auto")[0].seconds == CUTS
+    assert len(asked) == 1
+
+
+def test_aten_where_it_is_faster(gpu: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured(monkeypatch, **{**CUTS, "aten": 0.5})
+    choice, runs = choose_on_cuda("auto")
+    assert (choice.chosen, runs, gpu) == ("aten", False, {})
+
+
+def test_without_triton_one_line_in_the_log(
+    gpu: dict, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(kernels.triton.build, "available", lambda: "Triton is not installed")
+    with caplog.at_level("WARNING", "sparsecc"):
+        choice, runs = choose_on_cuda("triton")
+    assert (choice.chosen, choice.reason, runs) == ("aten", "Triton is not installed", False)
+    assert [r.message for r in caplog.records] == [
+        "no kernel is generated (none | silu(p0)): Triton is not installed"
+    ]
+
+
+def test_a_language_of_another_device(gpu: dict, model: nn.Module) -> None:
+    choice, runs = choose_on_cuda("cpp")
+    assert (choice.chosen, runs) == ("aten", False)
+    assert choice.reason == "codegen='cpp' has no kernels on cuda"
+    with torch.no_grad():
+        _, report = run(model, X, codegen="triton", **OPTIONS)
+    assert {k.reason for k in report.graphs[0].kernels} == {
+        "codegen='triton' has no kernels on cpu"
+    }
+
+
+def test_a_cut_that_does_not_run_is_no_candidate() -> None:
+    def fail(*args: object) -> None:
+        raise MemoryError("too much shared memory")
+
+    arguments = torch.ones(1, 1), [torch.ones(1, 1)], []
+    variants = {"aten": kernels.meaning, "triton a": fail, "triton b": kernels.meaning}
+    text = kernels.Spec("none", 0.0, ("p0",)).text()
+    assert list(kernels._running(variants, text, arguments)) == ["aten", "triton b"]
+    del variants["triton b"]
+    with pytest.raises(BuildError, match="triton a: MemoryError: too much shared memory"):
+        list(kernels._running(variants, text, arguments))
+
+
+@pytest.mark.gpu
+def test_a_measurement_measures_on_a_gpu() -> None:
+    text = kernels.Spec("none", 0.0, ("p0",)).text()
+    fakes = [torch.empty(1, 64, device="cuda"), [torch.empty(4096, 64, device="cuda")], []]
+    found = kernels._measure(text, fakes)
+    assert "aten" in found
+    assert len(found) > 2
+    assert all(1e-7 < seconds < 1 for seconds in found.values())

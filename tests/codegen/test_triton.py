@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
 import torch
 from few_rows_cases import SPECS
 from grids import run_grid
+from support import randomise, run
+from torch import nn
 
 from sparsecc.codegen.triton import build, few_rows
+from sparsecc.proof import compare
 
 pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
@@ -27,6 +31,23 @@ def test_in_the_interpreter() -> None:
 def test_on_a_gpu() -> None:
     counts = run_grid("triton_grid.py", TRITON_INTERPRET="0")
     assert "skipped" not in counts, counts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lower", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", few_rows.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_model_on_a_gpu(dtype: torch.dtype, lower: str) -> None:
+    layers = nn.LayerNorm(64, elementwise_affine=False), nn.Linear(64, 160), nn.SiLU()
+    model = randomise(nn.Sequential(*layers, nn.Linear(160, 64, bias=False))).to("cuda", dtype)
+    for rows in (1, 3, 16):
+        x = torch.randn(rows, 64, device="cuda", dtype=dtype)
+        with torch.no_grad():
+            options = {"passes": ["fuse-few-rows"], "codegen": "triton", "lower": lower}
+            result, report = run(model.eval(), x, **options)
+            exact = copy.deepcopy(model).double()(x.double())
+            assert compare("result", result, model(x), exact).passed
+        chosen = [(k.region, k.chosen) for k in report.graphs[0].kernels]
+        assert chosen == [("layer | silu(p0 + v0)", "triton"), ("none | p0", "triton")]
 
 
 @pytest.mark.slow

@@ -6,11 +6,15 @@ import copy
 
 import pytest
 import torch
-from support import error, randomise, refusals, run
+from support import capture, error, randomise, refusals, run
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+from sparsecc import pipeline
+from sparsecc.options import Options
 from sparsecc.proof import compare
+from sparsecc.report.model import GraphReport
 
 NAME = "fuse-few-rows"
 ONLY = {"passes": [NAME]}
@@ -234,6 +238,35 @@ def test_refuses_rows_that_are_not_known() -> None:
         result, report = run(model, X, codegen="cpp", dynamic=True, **ONLY)
         agrees_with_fp64(model, X, result)
     assert set(refusals(report, NAME)) == {"rows"}
+
+
+class OnGPU(nn.Module):
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = (
+            nn.Parameter(torch.empty(*shape, device="cuda", dtype=dtype))
+            for shape in ((D, D), (D,))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(F.linear(F.layer_norm(x, (D,)), self.weight, self.bias) * 2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "applied"),
+    [(torch.float32, 1), (torch.bfloat16, 1), (torch.float16, 1), (torch.float64, 0)],
+)
+def test_on_a_gpu(dtype: torch.dtype, applied: int) -> None:
+    """By shapes and types alone: no GPU is needed to see what becomes an operator."""
+    record = GraphReport(0)
+    with FakeTensorMode(), torch.no_grad():
+        program = capture(OnGPU(dtype), torch.empty(2, D, device="cuda", dtype=dtype))
+        pipeline.run(program, Options.parse(ONLY), record)
+    (match,) = record.passes[NAME].matches
+    assert record.passes[NAME].applied == applied
+    assert (match.note if applied else match.code) == (
+        "layer | t1 + silu((p0 + v0) * 2)" if applied else "dtype"
+    )
 
 
 def test_the_kernel_is_what_runs() -> None:
