@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from precision import assert_as_near, squares, wide
 
 from sparsecc.runtime.ops.few_rows import Spec, meaning
 
@@ -54,21 +55,9 @@ def inputs(
     return x.to(device, dtype), cast(weights), cast(operands)
 
 
-def wide(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.double() for t in tensors]
-
-
 def exact(case: Case, text: str) -> list[torch.Tensor]:
     x, weights, operands = case
     return meaning(x.double(), wide(weights), wide(operands), text)
-
-
-def squares(results: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Mean squares of the errors, as shares of the exact values' own (where those are not all zero)."""
-    pairs = zip(results, truth, strict=True)
-    return torch.stack(
-        [(r.double() - e).square().mean() / (e.square().mean() or 1.0) for r, e in pairs]
-    )
 
 
 def check(run: Run, name: str, *cases: Case) -> None:
@@ -83,10 +72,8 @@ def check(run: Run, name: str, *cases: Case) -> None:
         assert all(g.is_contiguous() for g in got)
         ours.append(squares(got, truth))
         aten.append(squares(plain, truth))
-    bound = 1.5 * torch.stack(aten).mean(0).sqrt()
     # Where the meaning happens to be exact: one rounding of the result, and two of float32.
-    rounding = max(2 * torch.finfo(torch.float32).eps, torch.finfo(cases[0][0].dtype).eps / 2)
-    assert (torch.stack(ours).mean(0).sqrt() <= bound.clamp(min=rounding)).all()
+    assert_as_near(ours, aten, torch.finfo(cases[0][0].dtype).eps / 2)
 
 
 def check_special_values(

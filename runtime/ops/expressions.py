@@ -7,11 +7,24 @@ from __future__ import annotations
 
 import ast
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+
+
+def _maximum(a: Any, b: Any) -> Any:
+    if not isinstance(a, torch.Tensor):
+        a, b = b, a
+    return torch.maximum(a, b) if isinstance(b, torch.Tensor) else torch.clamp(a, min=b)
+
+
+def _minimum(a: Any, b: Any) -> Any:
+    if not isinstance(a, torch.Tensor):
+        a, b = b, a
+    return torch.minimum(a, b) if isinstance(b, torch.Tensor) else torch.clamp(a, max=b)
+
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "silu": F.silu,
@@ -21,6 +34,19 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
+# For grammars that ask for them.
+MORE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
+    "abs": torch.abs,
+    "exp": torch.exp,
+    "round": torch.round,
+    "rsqrt": torch.rsqrt,
+    "sign": torch.sign,
+    "sqrt": torch.sqrt,
+    "maximum": _maximum,
+    "minimum": _minimum,
+    "clamp": lambda x, low, high: _minimum(_maximum(x, low), high),
+}
+ARGUMENTS: Mapping[str, int] = {"maximum": 2, "minimum": 2, "clamp": 3}  # of the others: one
 _BINARY: Mapping[type[ast.operator], tuple[Callable[..., Any], str]] = {
     ast.Add: (operator.add, "+"),
     ast.Sub: (operator.sub, "-"),
@@ -29,8 +55,12 @@ _BINARY: Mapping[type[ast.operator], tuple[Callable[..., Any], str]] = {
 }
 
 
-def parse(text: str) -> ast.expr:
+def parse(text: str, more: Collection[str] = ()) -> ast.expr:
     """The tree of ``text``.
+
+    Args:
+        text: an expression.
+        more: further functions: of ``MORE_FUNCTIONS``, or of one argument and the caller's own.
 
     Raises:
         ValueError: not of the grammar.
@@ -42,8 +72,9 @@ def parse(text: str) -> ast.expr:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             function = node.func
-            known = isinstance(function, ast.Name) and function.id in FUNCTIONS
-            valid = known and len(node.args) == 1 and not node.keywords
+            name = function.id if isinstance(function, ast.Name) else ""
+            known = name in FUNCTIONS or name in more
+            valid = known and len(node.args) == ARGUMENTS.get(name, 1) and not node.keywords
         elif isinstance(node, ast.BinOp):
             valid = type(node.op) in _BINARY
         elif isinstance(node, ast.UnaryOp):
@@ -78,7 +109,8 @@ def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
         return function(evaluate(tree.left, values), evaluate(tree.right, values))
     assert isinstance(tree, ast.Call)
     assert isinstance(tree.func, ast.Name)
-    return FUNCTIONS[tree.func.id](evaluate(tree.args[0], values))
+    function = FUNCTIONS.get(tree.func.id) or MORE_FUNCTIONS[tree.func.id]
+    return function(*(evaluate(each, values) for each in tree.args))
 
 
 def render(
@@ -100,14 +132,14 @@ def render(
     if isinstance(tree, ast.Constant):
         return number.format(float(tree.value))  # type: ignore[arg-type]
     if isinstance(tree, ast.UnaryOp):
-        return f"-{text(tree.operand)}"
+        return f"(-{text(tree.operand)})"
     if isinstance(tree, ast.BinOp):
         _, symbol = _BINARY[type(tree.op)]
         sides = text(tree.left), text(tree.right)
         return divide.format(*sides) if symbol == "/" else f"({sides[0]} {symbol} {sides[1]})"
     assert isinstance(tree, ast.Call)
     assert isinstance(tree.func, ast.Name)
-    return f"{tree.func.id}({text(tree.args[0])})"
+    return f"{tree.func.id}({', '.join(map(text, tree.args))})"
 
 
 def functions(tree: ast.expr) -> set[str]:
@@ -117,7 +149,7 @@ def functions(tree: ast.expr) -> set[str]:
 
 
 def to_cpp(tree: ast.expr, values: Mapping[str, str]) -> str:
-    """C++ for one element in fp32; ``values`` are the operands' own C++."""
+    """C++ in fp32, for one element or a vector of them; ``values`` are the operands' own C++."""
     return render(tree, values, number="{!r}f")
 
 

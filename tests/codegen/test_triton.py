@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 from few_rows_cases import SPECS
+from grids import run_grid
 from support import randomise, run
 from torch import nn
 
@@ -21,24 +18,9 @@ from sparsecc.proof import compare
 pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
 
-def run_grid(**environment: str) -> str:
-    """``triton_grid.py`` in a process of its own; the last line of pytest's words."""
-    path = pathlib.Path(__file__).with_name("triton_grid.py")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
-        cwd=path.parents[2],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    return done.stdout.strip().splitlines()[-1]
-
-
 @pytest.mark.slow
 def test_in_the_interpreter() -> None:
-    counts = run_grid(TRITON_INTERPRET="1")
+    counts = run_grid("triton_grid.py", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", counts)
     assert passed, counts
     assert int(passed[1]) > 250, counts
@@ -47,7 +29,7 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.gpu
 @pytest.mark.slow
 def test_on_a_gpu() -> None:
-    counts = run_grid(TRITON_INTERPRET="0")
+    counts = run_grid("triton_grid.py", TRITON_INTERPRET="0")
     assert "skipped" not in counts, counts
 
 

@@ -1,0 +1,34 @@
+"""How near results are to fp64, beside how near PyTorch's own are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t.double() for t in tensors]
+
+
+def squares(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Mean squares of the errors, as shares of the exact values' own (where those are not all zero)."""
+    pairs = zip(results, exact, strict=True)
+    return torch.stack(
+        [(r.double() - e).square().mean() / (e.square().mean() or 1.0) for r, e in pairs]
+    )
+
+
+def assert_as_near(
+    ours: Sequence[torch.Tensor], aten: Sequence[torch.Tensor], rounding: float = 0.0
+) -> None:
+    """Over all cases, each output's root mean square error is at most 1.5 times that of its meaning.
+
+    Args:
+        ours, aten: what :func:`squares` gives, for each case.
+        rounding: an error that is allowed where the meaning happens to be exact; at least two of float32.
+    """
+    bound = 1.5 * torch.stack(list(aten)).mean(0).sqrt()
+    rounding = max(rounding, 2 * torch.finfo(torch.float32).eps)
+    error = torch.stack(list(ours)).mean(0).sqrt()
+    assert (error <= bound.clamp(min=rounding)).all(), f"{error.tolist()} > {bound.tolist()}"
