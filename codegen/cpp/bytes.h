@@ -1,0 +1,159 @@
+// Vectors of bytes, and sums of products of them in int32: exact, by whatever the CPU has for it.
+
+namespace {
+
+constexpr int kBytes = 4 * kLanes;  // each int32 lane sums the products of its own four bytes
+
+typedef int8_t Bytes __attribute__((vector_size(kBytes)));
+typedef uint8_t Unsigned __attribute__((vector_size(kBytes)));
+typedef int32_t Ints __attribute__((vector_size(kBytes)));
+
+template <class T>
+inline T load_bytes(const void* address, int64_t count = kBytes) {  // zeros behind `count` bytes
+  T bytes = {};
+  if (count >= kBytes)
+    std::memcpy(&bytes, address, kBytes);
+  else
+    std::memcpy(&bytes, address, count);
+  return bytes;
+}
+
+inline int32_t sum(Ints ints) {
+  uint32_t total = 0;  // what overflows on the way comes back
+  for (int i = 0; i < kLanes; ++i) total += uint32_t(ints[i]);
+  return int32_t(total);
+}
+
+#if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && defined(__AVX2__) && !defined(__AVX512F__))
+#define SPARSECC_VNNI
+#endif
+
+// sums + u * s, four products a lane; u at most 128 in each element, for pairs must fit int16.
+inline Ints dot(Ints sums, Unsigned u, Bytes s) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)u, (__m512i)s);
+#elif defined(SPARSECC_VNNI)
+  return (Ints)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)u, (__m256i)s);
+#elif defined(__AVX512BW__)
+  const __m512i pairs = _mm512_maddubs_epi16((__m512i)u, (__m512i)s);
+  return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
+  return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int b = 4 * i; b < 4 * i + 4; ++b) sums[i] += int32_t(u[b]) * int32_t(s[b]);
+  return sums;
+#endif
+}
+
+// u1 * s1 + u2 * s2 with u1, u2 at most 15.
+inline Ints dot_nibbles(Unsigned u1, Bytes s1, Unsigned u2, Bytes s2) {
+#if !defined(SPARSECC_VNNI) && defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)u1, (__m256i)s1),
+                                         _mm256_maddubs_epi16((__m256i)u2, (__m256i)s2));
+  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+  return dot(dot(Ints{}, u1, s1), u2, s2);
+#endif
+}
+
+// sums + (w + kOffset) * a, with a of -127 .. 127.
+#if defined(SPARSECC_VNNI)
+constexpr int32_t kOffset = 128;  // its products take one unsigned side
+#else
+constexpr int32_t kOffset = 0;
+#endif
+
+inline Ints dot_signed(Ints sums, Bytes w, Bytes a) {
+#if defined(SPARSECC_VNNI)
+  return dot(sums, (Unsigned)w ^ uint8_t(0x80), a);
+#elif defined(__AVX512BW__)
+  const __m512i v = (__m512i)a;
+  const __m512i turned = _mm512_mask_sub_epi8(v, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), v);
+  return dot(sums, (Unsigned)_mm512_abs_epi8((__m512i)w), (Bytes)turned);
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  const Bytes turned = (Bytes)_mm256_sign_epi8((__m256i)a, (__m256i)w);
+  return dot(sums, (Unsigned)_mm256_abs_epi8((__m256i)w), turned);  // |-128| is 128 unsigned
+#else
+  for (int i = 0; i < kLanes; ++i)
+    for (int b = 4 * i; b < 4 * i + 4; ++b) sums[i] += int32_t(w[b]) * int32_t(a[b]);
+  return sums;
+#endif
+}
+
+// ---- activations in int8 --------------------------------------------------------------------------
+
+// y[m, k] = scale[m] q[m, k], q of -127 .. 127; zeros behind each row, up to whole vectors.
+struct Quantized {
+  int64_t rows, size, stride;
+  Buffer<int8_t> values;
+  std::vector<float> scale;
+  std::vector<int32_t> sums;  // of each row
+
+  Quantized(const float* y, int64_t rows, int64_t size)
+      : rows(rows), size(size), stride((size + kBytes - 1) / kBytes * kBytes), values(rows * stride), scale(rows),
+        sums(rows) {
+    for (int64_t m = 0; m < rows; ++m) quantize(y + m * size, values.data() + m * stride, m);
+  }
+
+  const int8_t* row(int64_t m) const { return values.data() + m * stride; }
+
+ private:
+  void quantize(const float* y, int8_t* q, int64_t m) {
+    int32_t most = 0;  // as bits, NaN is above infinity and that above the rest
+    for (int64_t k = 0; k < size; ++k) most = std::max(most, bits_of<int32_t>(y[k]) & 0x7fffffff);
+    const bool finite = most < 0x7f800000;
+    const float by = bits_of<float>(most) / 127;
+    scale[m] = finite ? by : std::numeric_limits<float>::quiet_NaN();
+    if (!finite || by == 0) return;
+    constexpr float shift = 0x1.8p23f;  // a sum this large has no fraction: rounded to even
+    int32_t total = 0;
+    for (int64_t k = 0; k < size; ++k) {
+      const float rounded = (y[k] / by + shift) - shift;
+      const int32_t whole = int32_t(std::min(127.0f, std::max(-127.0f, rounded)));
+      q[k] = int8_t(whole);
+      total += whole;
+    }
+    sums[m] = total;
+  }
+};
+
+// The same in the order of packed nibbles: for each vector of them, the activations of the low halves, then of the
+// high ones.
+template <int group>
+struct Arranged {
+  static constexpr int half = group / 2;
+  static constexpr int run = half < kBytes ? half : kBytes;
+
+  const Quantized& from;
+  int64_t vectors;
+  Buffer<int8_t> values;
+  Buffer<float> sums;  // of each lane's activations
+
+  explicit Arranged(const Quantized& from)
+      : from(from), vectors((from.size / 2 + kBytes - 1) / kBytes), values(from.rows * vectors * 2 * kBytes),
+        sums(from.rows * vectors * kLanes) {
+    for (int64_t m = 0; m < from.rows; ++m) {
+      const int8_t* q = from.row(m);
+      int8_t* to = values.data() + m * vectors * 2 * kBytes;
+      for (int64_t byte = 0; byte < from.size / 2; byte += run) {
+        const int64_t k = byte / half * group + byte % half;
+        int8_t* place = to + byte / kBytes * 2 * kBytes + byte % kBytes;
+        std::memcpy(place, q + k, run);
+        std::memcpy(place + kBytes, q + k + half, run);
+      }
+      for (int64_t v = 0; v < vectors; ++v)
+        for (int i = 0; i < kLanes; ++i) {
+          int32_t total = 0;
+          for (int b = 4 * i; b < 4 * i + 4; ++b) total += to[v * 2 * kBytes + b] + to[v * 2 * kBytes + kBytes + b];
+          sums.data()[(m * vectors + v) * kLanes + i] = float(total);
+        }
+    }
+  }
+
+  const int8_t* row(int64_t m) const { return values.data() + m * vectors * 2 * kBytes; }
+  const float* row_sums(int64_t m) const { return sums.data() + m * vectors * kLanes; }
+};
+
+}  // namespace

@@ -1,0 +1,264 @@
+// The formats of weights [features, size], and for each: out[r * kRows + c] = sum over k of y[m + c, k] W[n + r, k].
+
+namespace {
+
+constexpr int kBlock = 4;                        // weight rows at a time
+constexpr int kRows = kRegisters >= 32 ? 4 : 2;  // input rows at a time: accumulators must fit the registers
+
+struct Floats {
+  const float* values;  // [rows, size]
+  int64_t size;
+  const float* row(int64_t m) const { return values + m * size; }
+};
+
+template <class T>
+struct Dense {
+  using Input = Floats;
+  const T* values;
+  int64_t size;
+
+  template <int rows, int count>
+  inline void dots(const Floats& y, int64_t m, int64_t n, float* out) const {
+    constexpr int unroll = rows == 1 ? 2 : 1;  // enough sums in flight to hide the latency of one
+    const float* x = y.row(m);
+    const T* w = values + n * size;
+    Vector sums[count][rows][unroll] = {};
+    int64_t k = 0;
+    for (; k + unroll * kLanes <= size; k += unroll * kLanes) {
+#pragma GCC unroll 8
+      for (int u = 0; u < unroll; ++u) {
+        Vector column[rows];
+#pragma GCC unroll 8
+        for (int c = 0; c < rows; ++c) column[c] = load(x + c * size + k + u * kLanes);
+#pragma GCC unroll 8
+        for (int r = 0; r < count; ++r) {
+          const Vector row = load(w + r * size + k + u * kLanes);
+#pragma GCC unroll 8
+          for (int c = 0; c < rows; ++c) sums[r][c][u] += row * column[c];
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) {
+        Vector all = sums[r][c][0];
+        for (int u = 1; u < unroll; ++u) all += sums[r][c][u];
+        float total = sum(all);
+        for (int64_t rest = k; rest < size; ++rest) total += x[c * size + rest] * widen(w[r * size + rest]);
+        out[r * kRows + c] = total;
+      }
+  }
+};
+
+struct Int8 {
+  using Input = Quantized;
+  const int8_t* values;
+  const float* scale;  // [features]
+  int64_t size;
+
+  template <int rows, int count>
+  inline void dots(const Quantized& y, int64_t m, int64_t n, float* out) const {
+    constexpr int unroll = rows == 1 ? 2 : 1;
+    const int8_t* x = y.row(m);
+    const int8_t* w = values + n * size;
+    Ints sums[count][rows][unroll] = {};
+    const auto step = [&](int64_t k, int u, int64_t left) {
+      Bytes column[rows];
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) column[c] = load_bytes<Bytes>(x + c * y.stride + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < count; ++r) {
+        const Bytes row = load_bytes<Bytes>(w + r * size + k, left);
+#pragma GCC unroll 8
+        for (int c = 0; c < rows; ++c) sums[r][c][u] = dot_signed(sums[r][c][u], row, column[c]);
+      }
+    };
+    int64_t k = 0;
+    for (; k + unroll * kBytes <= size; k += unroll * kBytes)
+#pragma GCC unroll 8
+      for (int u = 0; u < unroll; ++u) step(k + u * kBytes, u, kBytes);
+    for (; k < size; k += kBytes) step(k, 0, size - k);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) {
+        Ints all = sums[r][c][0];
+        for (int u = 1; u < unroll; ++u) all += sums[r][c][u];
+        const int32_t total = sum(all) - kOffset * y.sums[m + c];
+        out[r * kRows + c] = float(total) * (y.scale[m + c] * scale[n + r]);
+      }
+  }
+};
+
+// Nibbles of one vector: the weights of the low and of the high halves.
+inline void halves(Unsigned packed, Unsigned* low, Unsigned* high) {
+  *low = packed & uint8_t(15);
+  *high = (packed >> 4) & uint8_t(15);
+}
+
+// The lanes of the vector that starts with group g, each with its own group's number; zeros behind the last group.
+template <int group>
+inline Vector by_group(const Half* values, int64_t g, int64_t groups) {
+  constexpr int each = group / 2 / 4;  // lanes of a group
+  if constexpr (each >= kLanes) {
+    return widen(values[g]) - Vector{};
+  } else {
+    constexpr int count = kLanes / each;
+    uint16_t some[8] = {};
+    std::memcpy(some, values + g, sizeof(Half) * (groups - g < count ? groups - g : count));
+#if defined(__AVX512F__)
+    const __m512 few = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)some)));
+    const __m512i lanes = _mm512_set_epi32(15 / each, 14 / each, 13 / each, 12 / each, 11 / each, 10 / each, 9 / each,
+                                           8 / each, 7 / each, 6 / each, 5 / each, 4 / each, 3 / each, 2 / each,
+                                           1 / each, 0);
+    return (Vector)_mm512_permutexvar_ps(lanes, few);
+#elif defined(__AVX2__) && defined(__F16C__)
+    const __m256 few = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)some)));
+    const __m256i lanes = _mm256_set_epi32(7 / each, 6 / each, 5 / each, 4 / each, 3 / each, 2 / each, 1 / each, 0);
+    return (Vector)_mm256_permutevar8x32_ps(few, lanes);
+#else
+    Vector vector;
+    for (int i = 0; i < kLanes; ++i) vector[i] = widen(Half{some[i / each]});
+    return vector;
+#endif
+  }
+}
+
+// Nibbles with a scale for each group, and 8 or a zero of the group's own; activations in int8.
+template <int group, bool zeros>
+struct Int4A8 {
+  using Input = Arranged<group>;
+  const uint8_t* packed;
+  const Half* scale;
+  const Half* zero;
+  int64_t size;
+
+  template <int rows, int count>
+  inline void dots(const Arranged<group>& y, int64_t m, int64_t n, float* out) const {
+    const int64_t bytes = size / 2, groups = size / group;
+    Vector sums[count][rows] = {};
+    const auto step = [&](int64_t byte, int64_t left) {
+      const int64_t g = byte / (group / 2), at = byte * 2;
+      Bytes first[rows], second[rows];
+      Vector total[rows];
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) {
+        first[c] = load_bytes<Bytes>(y.row(m + c) + at);
+        second[c] = load_bytes<Bytes>(y.row(m + c) + at + kBytes);
+        total[c] = load(y.row_sums(m + c) + byte / 4);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < count; ++r) {
+        Unsigned low, high;
+        halves(load_bytes<Unsigned>(packed + (n + r) * bytes + byte, left), &low, &high);
+        const Vector by = by_group<group>(scale + (n + r) * groups, g, groups);
+        const Vector origin = zeros ? by_group<group>(zero + (n + r) * groups, g, groups) : 8 - Vector{};
+#pragma GCC unroll 8
+        for (int c = 0; c < rows; ++c) {
+          const Ints exact = dot_nibbles(low, first[c], high, second[c]);
+          sums[r][c] += (__builtin_convertvector(exact, Vector) - origin * total[c]) * by;
+        }
+      }
+    };
+    int64_t byte = 0;
+    for (; byte + kBytes <= bytes; byte += kBytes) step(byte, kBytes);
+    if (byte < bytes) step(byte, bytes - byte);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]) * y.from.scale[m + c];
+  }
+};
+
+// The same with activations as they are.
+template <int group, bool zeros>
+struct Int4 {
+  using Input = Floats;
+  static constexpr int half = group / 2;
+  static_assert(half % kLanes == 0);
+  const uint8_t* packed;
+  const Half* scale;
+  const Half* zero;
+  int64_t size;
+
+  template <int rows, int count>
+  inline void dots(const Floats& y, int64_t m, int64_t n, float* out) const {
+    constexpr int split = rows == 1 ? 2 : 1;  // sums of their own for low and high halves
+    const int64_t groups = size / group;
+    const float* x = y.row(m);
+    Vector sums[count][rows][split] = {};
+    for (int64_t g = 0; g < groups; ++g, x += group) {
+#pragma GCC unroll 8
+      for (int r = 0; r < count; ++r) {
+        const int64_t at = (n + r) * groups + g;
+        const Levels levels(widen(scale[at]), zeros ? widen(zero[at]) : 8);
+#pragma GCC unroll 8
+        for (int j = 0; j < half; j += kLanes) {
+          Vector low, high;
+          levels.unpack(packed + at * half + j, &low, &high);
+#pragma GCC unroll 8
+          for (int c = 0; c < rows; ++c) {
+            sums[r][c][0] += low * load(x + c * size + j);
+            sums[r][c][split - 1] += high * load(x + c * size + j + half);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c)
+        out[r * kRows + c] = sum(split == 2 ? sums[r][c][0] + sums[r][c][1] : sums[r][c][0]);
+  }
+
+ private:
+  // The values of a group's nibbles.
+  struct Levels {
+#if defined(__AVX512F__)
+    Vector table;
+    Levels(float by, float origin) {
+      const __m512 whole = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+      table = ((Vector)whole - origin) * by;
+    }
+    void unpack(const uint8_t* bytes, Vector* low, Vector* high) const {
+      const __m512i each = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+      *low = (Vector)_mm512_permutexvar_ps(each, (__m512)table);  // looks at four bits
+      *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(each, 4), (__m512)table);
+    }
+#else
+    float by, origin;
+    Levels(float by, float origin) : by(by), origin(origin) {}
+    void unpack(const uint8_t* bytes, Vector* low, Vector* high) const {
+      typedef uint8_t Narrow __attribute__((vector_size(kLanes)));
+      Narrow narrow;
+      std::memcpy(&narrow, bytes, sizeof narrow);
+      const Ints each = __builtin_convertvector(narrow, Ints);
+      *low = (__builtin_convertvector(each & 15, Vector) - origin) * by;
+      *high = (__builtin_convertvector(each >> 4, Vector) - origin) * by;
+    }
+#endif
+  };
+};
+
+// ---- any number of rows ---------------------------------------------------------------------------
+
+template <int count, class Weight>
+inline void dots_of(const Weight& w, int64_t n, const typename Weight::Input& y, int64_t m, int rows, float* out) {
+  switch (rows) {
+    case 1: return w.template dots<1, count>(y, m, n, out);
+    case 2: return w.template dots<2, count>(y, m, n, out);
+    default:
+      if constexpr (kRows == 4)
+        return rows == 3 ? w.template dots<3, count>(y, m, n, out) : w.template dots<4, count>(y, m, n, out);
+  }
+}
+
+template <class Weight>
+inline void products(const Weight& w, int64_t n, int count, const typename Weight::Input& y, int64_t m, int rows,
+                     float* out) {
+  if (count == kBlock) return dots_of<kBlock>(w, n, y, m, rows, out);
+  for (int r = 0; r < count; ++r) dots_of<1>(w, n + r, y, m, rows, out + r * kRows);
+}
+
+}  // namespace
