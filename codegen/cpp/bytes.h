@@ -18,10 +18,19 @@ inline T load_bytes(const void* address, int64_t count = kBytes) {  // zeros beh
   return bytes;
 }
 
-inline int32_t sum(Ints ints) {
-  uint32_t total = 0;  // what overflows on the way comes back
+inline int32_t sum(Ints ints) {  // what overflows on the way comes back
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_epi32((__m512i)ints);
+#elif defined(__AVX2__)
+  const __m256i all = (__m256i)ints;
+  const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+  return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 1)));
+#else
+  uint32_t total = 0;
   for (int i = 0; i < kLanes; ++i) total += uint32_t(ints[i]);
   return int32_t(total);
+#endif
 }
 
 #if defined(__AVX512VNNI__) || (defined(__AVXVNNI__) && defined(__AVX2__) && !defined(__AVX512F__))
@@ -101,21 +110,42 @@ struct Quantized {
 
  private:
   void quantize(const float* y, int8_t* q, int64_t m) {
-    int32_t most = 0;  // as bits, NaN is above infinity and that above the rest
-    for (int64_t k = 0; k < size; ++k) most = std::max(most, bits_of<int32_t>(y[k]) & 0x7fffffff);
+    typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+    const int32_t most = greatest(y);
     const bool finite = most < 0x7f800000;
     const float by = bits_of<float>(most) / 127;
     scale[m] = finite ? by : std::numeric_limits<float>::quiet_NaN();
     if (!finite || by == 0) return;
-    constexpr float shift = 0x1.8p23f;  // a sum this large has no fraction: rounded to even
-    int32_t total = 0;
-    for (int64_t k = 0; k < size; ++k) {
-      const float rounded = (y[k] / by + shift) - shift;
-      const int32_t whole = int32_t(std::min(127.0f, std::max(-127.0f, rounded)));
-      q[k] = int8_t(whole);
+    Ints total = {};
+    for (int64_t k = 0; k < size; k += kLanes) {
+      constexpr float shift = 0x1.8p23f;  // a sum this large has no fraction: rounded to even
+      const Vector rounded = (load_some(y, k) / by + shift) - shift;
+      const Vector low = rounded < -127 ? -127 - Vector{} : rounded;
+      const Ints whole = __builtin_convertvector(low > 127 ? 127 - Vector{} : low, Ints);
+      const Narrow narrow = __builtin_convertvector(whole, Narrow);
+      std::memcpy(q + k, &narrow, sizeof narrow);  // within the row: its stride is in whole vectors of bytes
       total += whole;
     }
-    sums[m] = total;
+    sums[m] = sum(total);
+  }
+
+  // The bits of max |y|: as integers, those of NaN are above infinity's, and these above the rest.
+  int32_t greatest(const float* y) const {
+    Ints most = {};
+    for (int64_t k = 0; k < size; k += kLanes) {
+      const Ints bits = (Ints)load_some(y, k) & 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    int32_t all = 0;
+    for (int i = 0; i < kLanes; ++i) all = std::max(all, most[i]);
+    return all;
+  }
+
+  Vector load_some(const float* y, int64_t k) const {
+    if (k + kLanes <= size) return load(y + k);
+    Vector some = {};
+    std::memcpy(&some, y + k, (size - k) * sizeof(float));
+    return some;
   }
 };
 
@@ -143,12 +173,13 @@ struct Arranged {
         std::memcpy(place, q + k, run);
         std::memcpy(place + kBytes, q + k + half, run);
       }
-      for (int64_t v = 0; v < vectors; ++v)
-        for (int i = 0; i < kLanes; ++i) {
-          int32_t total = 0;
-          for (int b = 4 * i; b < 4 * i + 4; ++b) total += to[v * 2 * kBytes + b] + to[v * 2 * kBytes + kBytes + b];
-          sums.data()[(m * vectors + v) * kLanes + i] = float(total);
-        }
+      for (int64_t v = 0; v < vectors; ++v) {
+        const Unsigned ones = Unsigned{} + uint8_t(1);
+        const Ints first = dot(Ints{}, ones, load_bytes<Bytes>(to + v * 2 * kBytes));
+        const Ints both = dot(first, ones, load_bytes<Bytes>(to + v * 2 * kBytes + kBytes));
+        const Vector floats = __builtin_convertvector(both, Vector);
+        std::memcpy(sums.data() + (m * vectors + v) * kLanes, &floats, sizeof floats);
+      }
     }
   }
 

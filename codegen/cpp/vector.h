@@ -79,9 +79,17 @@ inline Vector load(const BFloat16* address) {
 // ---- sums and functions ---------------------------------------------------------------------------
 
 inline float sum(Vector vector) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)vector);
+#elif defined(__AVX2__)
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128((__m256)vector), _mm256_extractf128_ps((__m256)vector, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+#else
   for (int half = kLanes / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) vector[i] += vector[i + half];
   return vector[0];
+#endif
 }
 
 inline float relu(float x) { return x < 0 ? 0 : x; }  // NaN stays NaN

@@ -3,6 +3,7 @@
 namespace {
 
 constexpr int kBlock = 4;                        // weight rows at a time
+constexpr int64_t kAhead = 16384;                // bytes
 constexpr int kRows = kRegisters >= 32 ? 4 : 2;  // input rows at a time: accumulators must fit the registers
 
 struct Floats {
@@ -10,6 +11,15 @@ struct Floats {
   int64_t size;
   const float* row(int64_t m) const { return values + m * size; }
 };
+
+// Where `count` rows of weights are read side by side, at byte `at` of each, what comes after them is asked for in
+// its own order, far enough ahead: prefetchers like one long stream, and not several short ones.
+template <int count, int step>
+inline void ask_ahead(const void* rows, int64_t row_bytes, int64_t at, int r) {
+  if constexpr (count > 1)
+    __builtin_prefetch(
+        static_cast<const char*>(rows) + std::max<int64_t>(count * row_bytes, kAhead) + count * at + r * step, 0, 2);
+}
 
 template <class T>
 struct Dense {
@@ -19,7 +29,7 @@ struct Dense {
 
   template <int rows, int count>
   inline void dots(const Floats& y, int64_t m, int64_t n, float* out) const {
-    constexpr int unroll = rows == 1 ? 2 : 1;  // enough sums in flight to hide the latency of one
+    constexpr int unroll = count == 1 ? (rows == 1 ? 4 : 2) : 1;  // sums in flight hide the latency of one
     const float* x = y.row(m);
     const T* w = values + n * size;
     Vector sums[count][rows][unroll] = {};
@@ -33,6 +43,7 @@ struct Dense {
 #pragma GCC unroll 8
         for (int r = 0; r < count; ++r) {
           const Vector row = load(w + r * size + k + u * kLanes);
+          ask_ahead<count, sizeof(T) * kLanes>(w, sizeof(T) * size, sizeof(T) * (k + u * kLanes), r);
 #pragma GCC unroll 8
           for (int c = 0; c < rows; ++c) sums[r][c][u] += row * column[c];
         }
@@ -43,6 +54,7 @@ struct Dense {
 #pragma GCC unroll 8
       for (int c = 0; c < rows; ++c) {
         Vector all = sums[r][c][0];
+#pragma GCC unroll 8
         for (int u = 1; u < unroll; ++u) all += sums[r][c][u];
         float total = sum(all);
         for (int64_t rest = k; rest < size; ++rest) total += x[c * size + rest] * widen(w[r * size + rest]);
@@ -59,7 +71,7 @@ struct Int8 {
 
   template <int rows, int count>
   inline void dots(const Quantized& y, int64_t m, int64_t n, float* out) const {
-    constexpr int unroll = rows == 1 ? 2 : 1;
+    constexpr int unroll = count == 1 ? (rows == 1 ? 4 : 2) : 1;
     const int8_t* x = y.row(m);
     const int8_t* w = values + n * size;
     Ints sums[count][rows][unroll] = {};
@@ -70,6 +82,7 @@ struct Int8 {
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
         const Bytes row = load_bytes<Bytes>(w + r * size + k, left);
+        ask_ahead<count, kBytes>(w, size, k, r);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) sums[r][c][u] = dot_signed(sums[r][c][u], row, column[c]);
       }
@@ -98,28 +111,28 @@ inline void halves(Unsigned packed, Unsigned* low, Unsigned* high) {
 }
 
 // The lanes of the vector that starts with group g, each with its own group's number; zeros behind the last group.
-template <int group>
+template <int group, bool whole>
 inline Vector by_group(const Half* values, int64_t g, int64_t groups) {
   constexpr int each = group / 2 / 4;  // lanes of a group
   if constexpr (each >= kLanes) {
     return widen(values[g]) - Vector{};
   } else {
     constexpr int count = kLanes / each;
-    uint16_t some[8] = {};
-    std::memcpy(some, values + g, sizeof(Half) * (groups - g < count ? groups - g : count));
+    uint64_t some = 0;
+    std::memcpy(&some, values + g, sizeof(Half) * (whole ? count : groups - g));
 #if defined(__AVX512F__)
-    const __m512 few = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)some)));
+    const __m512 few = _mm512_castps128_ps512(_mm_cvtph_ps(_mm_cvtsi64_si128(some)));
     const __m512i lanes = _mm512_set_epi32(15 / each, 14 / each, 13 / each, 12 / each, 11 / each, 10 / each, 9 / each,
                                            8 / each, 7 / each, 6 / each, 5 / each, 4 / each, 3 / each, 2 / each,
                                            1 / each, 0);
     return (Vector)_mm512_permutexvar_ps(lanes, few);
 #elif defined(__AVX2__) && defined(__F16C__)
-    const __m256 few = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_loadl_epi64((const __m128i*)some)));
+    const __m256 few = _mm256_castps128_ps256(_mm_cvtph_ps(_mm_cvtsi64_si128(some)));
     const __m256i lanes = _mm256_set_epi32(7 / each, 6 / each, 5 / each, 4 / each, 3 / each, 2 / each, 1 / each, 0);
     return (Vector)_mm256_permutevar8x32_ps(few, lanes);
 #else
     Vector vector;
-    for (int i = 0; i < kLanes; ++i) vector[i] = widen(Half{some[i / each]});
+    for (int i = 0; i < kLanes; ++i) vector[i] = widen(Half{uint16_t(some >> 16 * (i / each))});
     return vector;
 #endif
   }
@@ -138,7 +151,8 @@ struct Int4A8 {
   inline void dots(const Arranged<group>& y, int64_t m, int64_t n, float* out) const {
     const int64_t bytes = size / 2, groups = size / group;
     Vector sums[count][rows] = {};
-    const auto step = [&](int64_t byte, int64_t left) {
+    const auto step = [&](int64_t byte, auto whole) {
+      const int64_t left = whole ? kBytes : bytes - byte;
       const int64_t g = byte / (group / 2), at = byte * 2;
       Bytes first[rows], second[rows];
       Vector total[rows];
@@ -152,8 +166,9 @@ struct Int4A8 {
       for (int r = 0; r < count; ++r) {
         Unsigned low, high;
         halves(load_bytes<Unsigned>(packed + (n + r) * bytes + byte, left), &low, &high);
-        const Vector by = by_group<group>(scale + (n + r) * groups, g, groups);
-        const Vector origin = zeros ? by_group<group>(zero + (n + r) * groups, g, groups) : 8 - Vector{};
+        ask_ahead<count, kBytes>(packed + n * bytes, bytes, byte, r);
+        const Vector by = by_group<group, whole>(scale + (n + r) * groups, g, groups);
+        const Vector origin = zeros ? by_group<group, whole>(zero + (n + r) * groups, g, groups) : 8 - Vector{};
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) {
           const Ints exact = dot_nibbles(low, first[c], high, second[c]);
@@ -162,8 +177,8 @@ struct Int4A8 {
       }
     };
     int64_t byte = 0;
-    for (; byte + kBytes <= bytes; byte += kBytes) step(byte, kBytes);
-    if (byte < bytes) step(byte, bytes - byte);
+    for (; byte + kBytes <= bytes; byte += kBytes) step(byte, std::true_type{});
+    if (byte < bytes) step(byte, std::false_type{});
 #pragma GCC unroll 8
     for (int r = 0; r < count; ++r)
 #pragma GCC unroll 8
@@ -197,6 +212,7 @@ struct Int4 {
         for (int j = 0; j < half; j += kLanes) {
           Vector low, high;
           levels.unpack(packed + at * half + j, &low, &high);
+          ask_ahead<count, kLanes>(packed + n * groups * half, groups * half, g * half + j, r);
 #pragma GCC unroll 8
           for (int c = 0; c < rows; ++c) {
             sums[r][c][0] += low * load(x + c * size + j);
