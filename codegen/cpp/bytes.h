@@ -6,6 +6,7 @@ constexpr int kBytes = 4 * kLanes;  // each int32 lane sums the products of its 
 
 typedef int8_t Bytes __attribute__((vector_size(kBytes)));
 typedef uint8_t Unsigned __attribute__((vector_size(kBytes)));
+typedef int16_t Shorts __attribute__((vector_size(kBytes)));
 typedef int32_t Ints __attribute__((vector_size(kBytes)));
 
 template <class T>
@@ -37,6 +38,9 @@ inline int32_t sum(Ints ints) {  // what overflows on the way comes back
 #define SPARSECC_VNNI
 #endif
 
+// Pairs of int16 as sums in int32.
+inline Ints lanes(Shorts pairs) { return ((Ints)pairs >> 16) + ((Ints)pairs << 16 >> 16); }
+
 // sums + u * s, four products a lane; u at most 128 in each element, for pairs must fit int16.
 inline Ints dot(Ints sums, Unsigned u, Bytes s) {
 #if defined(__AVX512VNNI__)
@@ -50,9 +54,8 @@ inline Ints dot(Ints sums, Unsigned u, Bytes s) {
   const __m256i pairs = _mm256_maddubs_epi16((__m256i)u, (__m256i)s);
   return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
-  for (int i = 0; i < kLanes; ++i)
-    for (int b = 4 * i; b < 4 * i + 4; ++b) sums[i] += int32_t(u[b]) * int32_t(s[b]);
-  return sums;
+  const Shorts v = (Shorts)u, t = (Shorts)s;
+  return sums + lanes((v & 255) * (t << 8 >> 8) + ((v >> 8) & 255) * (t >> 8));
 #endif
 }
 
@@ -85,9 +88,8 @@ inline Ints dot_signed(Ints sums, Bytes w, Bytes a) {
   const Bytes turned = (Bytes)_mm256_sign_epi8((__m256i)a, (__m256i)w);
   return dot(sums, (Unsigned)_mm256_abs_epi8((__m256i)w), turned);  // |-128| is 128 unsigned
 #else
-  for (int i = 0; i < kLanes; ++i)
-    for (int b = 4 * i; b < 4 * i + 4; ++b) sums[i] += int32_t(w[b]) * int32_t(a[b]);
-  return sums;
+  const Shorts v = (Shorts)w, t = (Shorts)a;
+  return sums + lanes((v << 8 >> 8) * (t << 8 >> 8) + (v >> 8) * (t >> 8));
 #endif
 }
 

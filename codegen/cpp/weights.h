@@ -186,7 +186,46 @@ struct Int4A8 {
   }
 };
 
-// The same with activations as they are.
+// The nibbles of kLanes bytes, minus a group's zero.
+class Levels {
+ public:
+  explicit Levels(float zero) {
+#if defined(__AVX512F__)
+    const __m512 whole = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    table_ = (Vector)whole - zero;
+#else
+    zero_ = zero - Vector{};
+#endif
+  }
+
+  void unpack(const uint8_t* bytes, Vector* low, Vector* high) const {
+#if defined(__AVX512F__)
+    const __m512i each = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
+    *low = (Vector)_mm512_permutexvar_ps(each, (__m512)table_);  // looks at four bits
+    *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(each, 4), (__m512)table_);
+#else
+#if defined(__AVX2__)
+    const Ints each = (Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)bytes));
+#else
+    typedef uint8_t Narrow __attribute__((vector_size(kLanes)));
+    Narrow narrow;
+    std::memcpy(&narrow, bytes, sizeof narrow);
+    const Ints each = __builtin_convertvector(narrow, Ints);
+#endif
+    *low = __builtin_convertvector(each & 15, Vector) - zero_;
+    *high = __builtin_convertvector(each >> 4, Vector) - zero_;
+#endif
+  }
+
+ private:
+#if defined(__AVX512F__)
+  Vector table_;
+#else
+  Vector zero_;
+#endif
+};
+
+// Nibbles, with activations as they are.
 template <int group, bool zeros>
 struct Int4 {
   using Input = Floats;
@@ -199,15 +238,15 @@ struct Int4 {
 
   template <int rows, int count>
   inline void dots(const Floats& y, int64_t m, int64_t n, float* out) const {
-    constexpr int split = rows == 1 ? 2 : 1;  // sums of their own for low and high halves
     const int64_t groups = size / group;
     const float* x = y.row(m);
-    Vector sums[count][rows][split] = {};
+    Vector sums[count][rows] = {};
     for (int64_t g = 0; g < groups; ++g, x += group) {
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
         const int64_t at = (n + r) * groups + g;
-        const Levels levels(widen(scale[at]), zeros ? widen(zero[at]) : 8);
+        const Levels levels(zeros ? widen(zero[at]) : 8);
+        Vector some[rows] = {};  // of this group, without its scale
 #pragma GCC unroll 8
         for (int j = 0; j < half; j += kLanes) {
           Vector low, high;
@@ -215,46 +254,20 @@ struct Int4 {
           ask_ahead<count, kLanes>(packed + n * groups * half, groups * half, g * half + j, r);
 #pragma GCC unroll 8
           for (int c = 0; c < rows; ++c) {
-            sums[r][c][0] += low * load(x + c * size + j);
-            sums[r][c][split - 1] += high * load(x + c * size + j + half);
+            some[c] += low * load(x + c * size + j);
+            some[c] += high * load(x + c * size + j + half);
           }
         }
+        const float by = widen(scale[at]);
+#pragma GCC unroll 8
+        for (int c = 0; c < rows; ++c) sums[r][c] += some[c] * by;
       }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < count; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < rows; ++c)
-        out[r * kRows + c] = sum(split == 2 ? sums[r][c][0] + sums[r][c][1] : sums[r][c][0]);
+      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]);
   }
-
- private:
-  // The values of a group's nibbles.
-  struct Levels {
-#if defined(__AVX512F__)
-    Vector table;
-    Levels(float by, float origin) {
-      const __m512 whole = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-      table = ((Vector)whole - origin) * by;
-    }
-    void unpack(const uint8_t* bytes, Vector* low, Vector* high) const {
-      const __m512i each = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)bytes));
-      *low = (Vector)_mm512_permutexvar_ps(each, (__m512)table);  // looks at four bits
-      *high = (Vector)_mm512_permutexvar_ps(_mm512_srli_epi32(each, 4), (__m512)table);
-    }
-#else
-    float by, origin;
-    Levels(float by, float origin) : by(by), origin(origin) {}
-    void unpack(const uint8_t* bytes, Vector* low, Vector* high) const {
-      typedef uint8_t Narrow __attribute__((vector_size(kLanes)));
-      Narrow narrow;
-      std::memcpy(&narrow, bytes, sizeof narrow);
-      const Ints each = __builtin_convertvector(narrow, Ints);
-      *low = (__builtin_convertvector(each & 15, Vector) - origin) * by;
-      *high = (__builtin_convertvector(each >> 4, Vector) - origin) * by;
-    }
-#endif
-  };
 };
 
 // ---- any number of rows ---------------------------------------------------------------------------
