@@ -56,7 +56,7 @@ def _choose(text: str, fakes: list[Any], key: str, options: Options) -> KernelCh
         choice.reason = f"codegen={options.codegen!r}, lower={options.lower!r}"
         return choice
     try:
-        cpp.few_rows.load(spec)
+        cpp.few_rows.load(spec, fakes[0].dtype)
     except BuildError as error:
         log.warning("no kernel is generated (%s): %s", choice.region, error)
         choice.reason = str(error)
@@ -94,11 +94,14 @@ def _measure(text: str, fakes: list[Any]) -> dict[str, float]:
 
 
 def _random(fake: torch.Tensor) -> torch.Tensor:
-    return torch.randn(tuple(fake.shape), dtype=fake.dtype)
+    shape = tuple(fake.shape)
+    if fake.dtype.is_floating_point:
+        return torch.randn(shape, dtype=fake.dtype)
+    return torch.randint(0, 128, shape, dtype=fake.dtype)  # levels of a weight
 
 
 def _key(text: str, fakes: Sequence[Any]) -> str:
-    shapes = [tuple(t.shape) for t in (fakes[0], *fakes[1], *fakes[2])]
+    shapes = [(tuple(t.shape), t.dtype) for t in (fakes[0], *fakes[1], *fakes[2])]
     parts = (text, str(shapes), str(torch.get_num_threads()), *native.machine())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

@@ -99,7 +99,8 @@ const FewRowsPart part_of[] = {{
 {_parts(spec, dtype)}
 }};
 const int64_t first_part[] = {{{", ".join(map(str, firsts))}}};
-const FewRowsKernel kernel = {{run, {_TYPES[dtype][0]}, std::size(part_of), part_of, {len(firsts)}, first_part}};
+const FewRowsKernel kernel = {{
+    run, {_TYPES[dtype][0]}, std::size(part_of), part_of, {len(firsts)}, first_part}};
 
 }}  // namespace
 

@@ -3,10 +3,10 @@
 Law.   f(norm(x)W₁ᵀ, norm(x)W₂ᵀ, …) in one operator: each product, sum and function is the program's own.
 Source algebra; the regions are those of decoding: norm and q, k, v; gate, up and their product; the output
        projections and the residual.
-Legal  in inference, in float32, for contiguous weights, where the rows are few and known. A norm goes along
-       when nothing else reads its result. What follows goes along while nothing else reads what it reads, it
-       keeps the shape, and its other operands stand before the first product.
-Exact  in real arithmetic: sums are taken in another order.
+Legal  in inference, in float32 or bfloat16, for contiguous weights, where the rows are few and known. A norm
+       goes along when nothing else reads its result. What follows goes along while nothing else reads what it
+       reads, it keeps the shape, and its other operands stand before the first product.
+Exact  in real arithmetic: sums are taken in another order, and in bfloat16 a kernel rounds once, at the end.
 Pays   where reading the weights is the time: one pass over them for several products, no launch and no pass
        over memory for the rest. Whether the generated kernel or Inductor's code runs is measured.
 """
@@ -34,6 +34,7 @@ from sparsecc.runtime.ops.few_rows import Spec, few_rows, meaning
 
 aten = torch.ops.aten
 
+DTYPES = (torch.float32, torch.bfloat16)
 MOST_ROWS = 16  # above, products are bound by arithmetic, which the libraries are good at
 
 
@@ -78,7 +79,7 @@ class FuseFewRows(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "training": "gradients flow, and the operator has no backward",
         "rows": f"more than {MOST_ROWS} rows, or a number that is not known",
-        "dtype": "the input or a weight is not float32 on a CPU",
+        "dtype": "input and weights are not all float32 or all bfloat16 on a CPU",
         "layout": "a weight is not contiguous",
         "written": "something that the operator reads is written in place",
         "region": "an autocast or grad-mode region begins or ends inside",
@@ -175,9 +176,10 @@ class FuseFewRows(Pass):
 
 
 def _operands_refusal(node: fx.Node, words: dict[str, str]) -> Refusal | None:
+    dtype = node.meta["val"].dtype
     for value in (node, *node.all_input_nodes):
         fake = value.meta["val"]
-        if fake.dtype is not torch.float32 or fake.device.type != "cpu":
+        if fake.dtype is not dtype or dtype not in DTYPES or fake.device.type != "cpu":
             return Refusal.at(value, "dtype", words["dtype"])
     if not all(is_contiguous(weight.meta["val"]) for weight in node.all_input_nodes[1:]):
         return Refusal.at(node, "layout", words["layout"])
@@ -238,7 +240,7 @@ def _take_norm(region: Region, x: fx.Node) -> None:
     norm = as_norm(x)
     if norm is None or norm.weight or norm.bias or set(x.users) != set(region.linears):
         return
-    if norm.x.meta["val"].dtype is not torch.float32:
+    if norm.x.meta["val"].dtype is not x.meta["val"].dtype:
         return
     if isinstance(norm.eps, float) or norm.eps is None:
         region.x, region.norm, region.eps = norm.x, norm.kind.removesuffix("_norm"), norm.eps
@@ -259,7 +261,8 @@ def _step(region: Region, value: _Value, weights: WeightValues) -> bool:
     fake = user.meta.get("val")
     if user.op != "call_function" or user.kwargs or not isinstance(fake, torch.Tensor):
         return False
-    if fake.dtype is not torch.float32 or not same_shape(fake.shape, value.node.meta["val"].shape):
+    mine = value.node.meta["val"]
+    if fake.dtype is not mine.dtype or not same_shape(fake.shape, mine.shape):
         return False
     if user.target in _UNARY:
         text = f"{_UNARY[user.target]}({value.text})"
@@ -303,9 +306,9 @@ def _joined(region: Region, value: _Value, user: fx.Node, weights: WeightValues)
 def _kind(region: Region, value: _Value, side: fx.Node, weights: WeightValues) -> str | None:
     """Whether ``side`` is a vector over features ("v"), a tensor of the output's shape ("t"), or neither."""
     fake = side.meta.get("val")
-    if not isinstance(fake, torch.Tensor) or fake.dtype is not torch.float32:
-        return None
     mine = value.node.meta["val"]
+    if not isinstance(fake, torch.Tensor) or fake.dtype is not mine.dtype:
+        return None
     if side in weights:
         return "v" if fake.dim() == 1 and same_shape(fake.shape, mine.shape[-1:]) else None
     early = side < min(region.linears) and fake.device.type == "cpu"

@@ -164,9 +164,9 @@ def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
 def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
     """The tensors of ``weight`` in a format, each weight rounded to the nearest value that it has.
 
-    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group that
-    is widened to hold 0, and zero = -min / scale, an integer. They are rounded to their dtype before weights are
-    divided by them. A scale that fp16 cannot hold is infinite.
+    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group
+    that is widened to hold 0, and zero = -min / scale, an integer. They are rounded to their dtype before
+    weights are divided by them. A scale that fp16 cannot hold is infinite.
 
     Args:
         weight: ``[N, K]``, of any float dtype.
