@@ -148,6 +148,8 @@ def _random(fake: Any) -> Any:
         return torch.randn(shape, dtype=fake.dtype, device=fake.device)
     if fake.dtype is torch.bool:
         return torch.ones(shape, dtype=torch.bool, device=fake.device)
+    if fake.dtype in (torch.int8, torch.uint8):  # levels of a weight
+        return torch.randint(0, 128, shape, dtype=fake.dtype, device=fake.device)
     return torch.arange(math.prod(shape), dtype=fake.dtype, device=fake.device).view(shape)
 
 

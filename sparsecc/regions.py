@@ -70,7 +70,7 @@ def _few_rows_kernels(args: Args) -> dict[str, Variant]:
     x, weights, _, text = args
     if x.device.type == "cpu":
         spec = few_rows.Spec.of(text)
-        return _cpp(few_rows.few_rows_native, lambda: cpp.few_rows.load(spec))
+        return _cpp(few_rows.few_rows_native, lambda: cpp.few_rows.load(spec, x.dtype))
     if why := triton.build.available():
         raise BuildError(why)
     problem = triton.launch.Problem.of(x, weights, text)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
+import kernel_cases
 import torch
-from precision import assert_as_near, squares, wide
+from kernel_cases import Case, Run
+from precision import same_special_values, wide
 
 from sparsecc.runtime.ops.few_rows import Spec, meaning
 
@@ -25,9 +26,6 @@ FEATURES = {"one": (7,), "q, k, v": (8, 3, 5), "gate and up": (9, 9), "residual"
 FEATURES["everything"] = (5, 5, 13)
 ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3)]
 SIZES = [1, 3, 8, 16, 33, 96, 577]
-
-Case = tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]
-Run = Callable[[torch.Tensor, list[torch.Tensor], list[torch.Tensor], str], Sequence[torch.Tensor]]
 
 
 def inputs(
@@ -62,18 +60,7 @@ def exact(case: Case, text: str) -> list[torch.Tensor]:
 
 def check(run: Run, name: str, *cases: Case) -> None:
     """Over all ``cases``, each output's root mean square error is at most 1.5 times that of its meaning."""
-    text = SPECS[name].text()
-    ours, aten = [], []
-    for case in cases:
-        got = run(*case, text)
-        plain = meaning(*case, text)
-        truth = exact(case, text)
-        assert [g.shape for g in got] == [p.shape for p in plain]
-        assert all(g.is_contiguous() for g in got)
-        ours.append(squares(got, truth))
-        aten.append(squares(plain, truth))
-    # Where the meaning happens to be exact: one rounding of the result, and two of float32.
-    assert_as_near(ours, aten, torch.finfo(cases[0][0].dtype).eps / 2)
+    kernel_cases.check(SPECS[name], *cases, run=run)
 
 
 def check_special_values(
@@ -91,7 +78,4 @@ def check_special_values(
             operands[0].view(-1)[1] = special
         got = run(*case, text)
         # In fp64: PyTorch's own gelu(inf) in fp32 is NaN in vector code and infinity in scalar code.
-        for g, e in zip(got, exact(case, text), strict=True):
-            assert torch.equal(g.isnan(), e.isnan())
-            assert torch.equal(g.isfinite(), e.isfinite())
-            assert torch.equal(g[g.isinf()].double(), e[e.isinf()])
+        same_special_values(got, exact(case, text))

@@ -8,7 +8,8 @@ import torch
 
 
 def wide(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    return [t.double() for t in tensors]
+    """In fp64; integers as they are."""
+    return [t.double() if t.is_floating_point() else t for t in tensors]
 
 
 def squares(results: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -32,3 +33,11 @@ def assert_as_near(
     rounding = max(rounding, 2 * torch.finfo(torch.float32).eps)
     error = torch.stack(list(ours)).mean(0).sqrt()
     assert (error <= bound.clamp(min=rounding)).all(), f"{error.tolist()} > {bound.tolist()}"
+
+
+def same_special_values(got: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -> None:
+    """NaN and infinities are where they are in fp64."""
+    for g, e in zip(got, exact, strict=True):
+        assert torch.equal(g.isnan(), e.isnan())
+        assert torch.equal(g.isfinite(), e.isfinite())
+        assert torch.equal(g[g.isinf()].double(), e[e.isinf()])

@@ -3,11 +3,12 @@
 Law.   f(norm(x)W₁ᵀ, norm(x)W₂ᵀ, …) in one operator: each product, sum and function is the program's own.
 Source algebra; the regions are those of decoding: norm and q, k, v; gate, up and their product; the output
        projections and the residual.
-Legal  in inference, in float32 (on GPUs in half precision too), for contiguous weights, where the rows are
-       few and known. A norm goes along when nothing else reads its result. What follows goes along while
+Legal  in inference, in float32 or bfloat16 (on GPUs in float16 too), for contiguous weights, where the rows
+       are few and known. A norm goes along when nothing else reads its result. What follows goes along while
        nothing else reads what it reads, it keeps the shape, and its other operands stand before the first
        product.
-Exact  in real arithmetic: sums are taken in another order.
+Exact  in real arithmetic: sums are taken in another order, and in half precision a kernel rounds once, at the
+       end.
 Pays   where reading the weights is the time: one pass over them for several products, no launch and no pass
        over memory for the rest. Whether the generated kernel or Inductor's code runs is measured.
 """
@@ -37,7 +38,7 @@ aten = torch.ops.aten
 
 MOST_ROWS = 16  # above, products are bound by arithmetic, which the libraries are good at
 _DTYPES = {
-    "cpu": {torch.float32},
+    "cpu": {torch.float32, torch.bfloat16},
     "cuda": {torch.float32, torch.bfloat16, torch.float16},
 }
 
@@ -83,7 +84,7 @@ class FuseFewRows(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "training": "gradients flow, and the operator has no backward",
         "rows": f"more than {MOST_ROWS} rows, or a number that is not known",
-        "dtype": "input and weights are not all float32 on a CPU, or float32, bfloat16 or float16 on a GPU",
+        "dtype": "input and weights are not all float32 or all bfloat16 (on a GPU: or float16)",
         "layout": "a weight is not contiguous",
         "written": "something that the operator reads is written in place",
         "region": "an autocast or grad-mode region begins or ends inside",

@@ -13,68 +13,89 @@
 
 #include "few_rows.h"
 
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
 
+constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int8", "uint8"};
+constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char,
+                                 ScalarType::Byte};
+
 std::shared_mutex guard;
 std::unordered_map<std::string, FewRowsKernel> kernels;
+
+std::string key(const std::string& spec, FewRowsType type) { return std::string(kNames[type]) + spec; }
 
 void in_parallel(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
   torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-FewRowsKernel find(const std::string& spec) {
+void require(bool holds, const std::string& what) {
+  if (!holds) throw std::runtime_error("few_rows: " + what);
+}
+
+FewRowsKernel find(const std::string& spec, const Tensor& x) {
+  const bool wide = x.scalar_type() == ScalarType::Float;
+  require(x.is_cpu() && (wide || x.scalar_type() == ScalarType::BFloat16), "x must be float32 or bfloat16 on CPU");
+  const FewRowsType type = wide ? kFloat32 : kBFloat16;
   std::shared_lock lock(guard);
-  const auto found = kernels.find(spec);
-  if (found == kernels.end()) throw std::runtime_error("few_rows: no kernel is loaded for " + spec);
+  const auto found = kernels.find(key(spec, type));
+  require(found != kernels.end(), std::string("no kernel is loaded for x in ") + kNames[type] + " and " + spec);
   return found->second;
 }
 
-void require(bool holds, const char* what) {
-  if (!holds) throw std::runtime_error(std::string("few_rows: ") + what);
+const void* data(Tensor& tensor, FewRowsType type, const std::string& name) {
+  require(tensor.scalar_type() == kTypes[type] && tensor.is_cpu(), name + " must be " + kNames[type] + " on CPU");
+  tensor = torch::stable::contiguous(tensor);
+  return tensor.const_data_ptr();
 }
 
-const float* data(const Tensor& tensor) {
-  require(tensor.scalar_type() == torch::headeronly::ScalarType::Float && tensor.is_cpu(),
-          "all tensors must be float32 on CPU");
-  return static_cast<const float*>(tensor.const_data_ptr());
+// Weights' tensors by what the kernel expects; their features.
+void check_part(const Tensor& tensor, const FewRowsPart& part, int64_t features, int64_t size) {
+  const bool matrix = part.per != 0;
+  const bool fits = tensor.dim() == (matrix ? 2 : 1) && tensor.size(0) == features &&
+                    (!matrix || tensor.size(1) == size / part.per);
+  require(fits, std::string(part.name) + " is not [" + std::to_string(features) +
+                    (matrix ? ", " + std::to_string(size / part.per) + "]" : "]") + ", as x needs it");
 }
 
 std::vector<Tensor> few_rows(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> operands,
                              std::string spec) {
-  const FewRowsKernel kernel = find(spec);
+  const FewRowsKernel kernel = find(spec, x);
   require(x.dim() >= 1, "x has no features");
-  x = torch::stable::contiguous(x);
   FewRows call{};
+  call.x = data(x, kernel.type, "x");
   const auto sizes = x.sizes();
-  call.x = data(x);
   call.size = sizes[x.dim() - 1];
   call.rows = 1;
   std::vector<int64_t> shape(sizes.begin(), sizes.end());
   for (size_t i = 0; i + 1 < shape.size(); ++i) call.rows *= shape[i];
 
-  std::vector<const float*> weight_data, operand_data;
+  require(int64_t(weights.size()) == kernel.parts, std::to_string(weights.size()) + " weight tensors, not " +
+                                                       std::to_string(kernel.parts));
+  std::vector<const void*> parts, operand_data;
   std::vector<int64_t> features, elements;
-  for (Tensor& weight : weights) {
-    require(weight.dim() == 2 && weight.size(1) == call.size, "a weight is not [features, size of x]");
-    weight = torch::stable::contiguous(weight);
-    weight_data.push_back(data(weight));
-    features.push_back(weight.size(0));
+  for (int64_t i = 0; i < kernel.parts; ++i) {
+    const FewRowsPart& part = kernel.part[i];
+    Tensor& tensor = weights[i];
+    require(tensor.dim() >= 1, std::string(part.name) + " has no features");
+    features.push_back(part.first == i ? tensor.size(0) : features[part.first]);
+    check_part(tensor, part, features.back(), call.size);
+    parts.push_back(data(tensor, part.type, part.name));
   }
-  for (Tensor& operand : operands) {
-    operand = torch::stable::contiguous(operand);
-    operand_data.push_back(data(operand));
-    elements.push_back(operand.numel());
+  for (size_t i = 0; i < operands.size(); ++i) {
+    operand_data.push_back(data(operands[i], kernel.type, "operand " + std::to_string(i)));
+    elements.push_back(operands[i].numel());
   }
-  std::vector<float*> out;
+  std::vector<void*> out;
   std::vector<Tensor> results;
   for (int64_t j = 0; j < kernel.outputs; ++j) {
-    shape.back() = features.at(kernel.first_weight[j]);
+    shape.back() = features[kernel.first_part[j]];
     results.push_back(torch::stable::new_empty(x, shape));
-    out.push_back(static_cast<float*>(results.back().mutable_data_ptr()));
+    out.push_back(results.back().mutable_data_ptr());
   }
-  call.weights = weight_data.data();
+  call.parts = parts.data();
   call.features = features.data();
   call.operands = operand_data.data();
   call.elements = elements.data();
@@ -89,7 +110,7 @@ std::vector<Tensor> few_rows(Tensor x, std::vector<Tensor> weights, std::vector<
 extern "C" __attribute__((visibility("default"))) void sparsecc_few_rows_register(const char* spec,
                                                                                   const FewRowsKernel* kernel) {
   std::unique_lock lock(guard);
-  kernels[spec] = *kernel;
+  kernels[key(spec, kernel->type)] = *kernel;
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecc, CPU, m) { m.impl("few_rows_native", TORCH_BOX(&few_rows)); }

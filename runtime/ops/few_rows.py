@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sparsecc.runtime.ops import expressions
+from sparsecc.runtime.ops import expressions, formats
+from sparsecc.runtime.ops.formats import Format
 
 NORMS = ("none", "rms", "layer")
 
@@ -28,11 +29,13 @@ class Spec:
         eps: of the norm; None for ``rms_norm``'s own default, which depends on the dtype.
         outputs: expressions over p0, p1, … (products, by weight), v0, … (vectors over features) and t0, …
             (tensors of the output's shape); vectors and tensors share one count, by operand.
+        formats: how each weight is kept (:mod:`sparsecc.runtime.ops.formats`); empty where all are "dense".
     """
 
     norm: str
     eps: float | None
     outputs: tuple[str, ...]
+    formats: tuple[str, ...] = ()
 
     @functools.cached_property
     def trees(self) -> list[ast.expr]:
@@ -46,8 +49,31 @@ class Spec:
     def operands(self, output: int) -> list[str]:
         return [name for name in expressions.names(self.trees[output]) if name[0] != "p"]
 
+    @functools.cached_property
+    def kept(self) -> tuple[Format, ...]:
+        """The format of each weight."""
+        count = 1 + max(max(self.weights(j)) for j in range(len(self.outputs)))
+        return tuple(map(Format.of, self.formats or ("dense",) * count))
+
+    @functools.cached_property
+    def plain(self) -> bool:
+        """Whether every weight is of x's dtype."""
+        return all(form.name == "dense" for form in self.kept)
+
+    @functools.cached_property
+    def slots(self) -> tuple[slice, ...]:
+        """Where the tensors of each weight stand among all of them."""
+        found, start = [], 0
+        for form in self.kept:
+            found.append(slice(start, start + len(form.parts)))
+            start = found[-1].stop
+        return tuple(found)
+
     def text(self) -> str:
-        return json.dumps({"norm": self.norm, "eps": self.eps, "outputs": list(self.outputs)})
+        data = {"norm": self.norm, "eps": self.eps, "outputs": list(self.outputs)}
+        if self.formats:  # without, texts are those of before there were formats
+            data["formats"] = list(self.formats)
+        return json.dumps(data)
 
     @classmethod
     @functools.cache
@@ -60,7 +86,7 @@ class Spec:
         try:
             data = json.loads(text)
             eps = None if data["eps"] is None else float(data["eps"])
-            spec = cls(data["norm"], eps, tuple(data["outputs"]))
+            spec = cls(data["norm"], eps, tuple(data["outputs"]), tuple(data.get("formats", ())))
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"few_rows: {text!r} is no spec") from error
         if spec.norm not in NORMS:
@@ -68,6 +94,8 @@ class Spec:
         for j, output in enumerate(spec.outputs):
             if not spec.weights(j):
                 raise ValueError(f"few_rows: {output!r} reads no product")
+            if spec.weights(j)[-1] >= len(spec.kept):
+                raise ValueError(f"few_rows: {output!r} reads a weight without a format")
         return spec
 
 
@@ -84,20 +112,36 @@ def meaning(
 ) -> list[torch.Tensor]:
     """The operator in ATen.
 
+    Where all weights are dense, it computes in x's dtype, operation by operation. Otherwise it computes in fp32
+    (fp64 where x is), and rounds once at the end.
+
     Args:
-        x: ``[..., K]``.
-        weights: ``[N_i, K]`` each.
-        operands: ``[N]`` or ``[..., N]`` each, as ``kernel`` names them.
+        x: ``[..., K]``, of a float dtype.
+        weights: the tensors of each weight ``[N_i, K]``, as the formats of the spec have them, in a row.
+        operands: ``[N]`` or ``[..., N]`` each, as ``kernel`` names them, of x's dtype.
         kernel: the text of a :class:`Spec`.
 
     Returns:
-        One ``[..., N]`` for each output of the spec.
+        One ``[..., N]`` for each output of the spec, of x's dtype.
+
+    Raises:
+        ValueError: the text is no spec, or the tensors of a weight are not of its format.
     """
     spec = Spec.of(kernel)
-    rows = normalized(spec, x)
-    values = {f"p{i}": torch.nn.functional.linear(rows, w) for i, w in enumerate(weights)}
+    wide = x.dtype if spec.plain else torch.promote_types(x.dtype, torch.float32)
+    rows = normalized(spec, x if spec.plain else x.to(wide))
+    if spec.plain:
+        products = [torch.nn.functional.linear(rows, w) for w in weights]
+    else:
+        operands = [operand.to(wide) for operand in operands]
+        products = [
+            formats.product(rows, form.name, weights[slot])
+            for form, slot in zip(spec.kept, spec.slots, strict=True)
+        ]
+    values = {f"p{i}": value for i, value in enumerate(products)}
     values.update((f"{kind}{i}", operand) for i, operand in enumerate(operands) for kind in "vt")
-    return [expressions.evaluate(tree, values) for tree in spec.trees]
+    results = [expressions.evaluate(tree, values) for tree in spec.trees]
+    return results if spec.plain else [result.to(x.dtype) for result in results]
 
 
 def _shapes(
@@ -105,7 +149,7 @@ def _shapes(
 ) -> list[torch.Tensor]:
     del operands
     spec = Spec.of(kernel)
-    first = [weights[spec.weights(j)[0]] for j in range(len(spec.outputs))]
+    first = [weights[spec.slots[spec.weights(j)[0]].start] for j in range(len(spec.outputs))]
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in first]
 
 
@@ -118,6 +162,6 @@ torch.library.register_fake("sparsecc::few_rows_native", _shapes, lib=_LIBRARY)
 
 # The operator as programs have it: wherever it is traced through, it is its meaning.
 few_rows = torch.ops.sparsecc.few_rows.default
-# The same by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec; on
-# a GPU ``codegen.triton.launch`` builds it at the first call.
+# The same by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec and of
+# x's dtype (float32 or bfloat16); on a GPU ``codegen.triton.launch`` builds it at the first call.
 few_rows_native = torch.ops.sparsecc.few_rows_native.default

@@ -113,7 +113,7 @@ def test_a_measurement_measures(name: str) -> None:
 def test_no_compiler_is_one_line_in_the_log(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise BuildError("no compiler")
 
     monkeypatch.setattr(regions.cpp.few_rows, "load", fail)

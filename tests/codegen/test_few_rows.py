@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import few_rows_cases
+import kernel_cases
 import pytest
 import torch
 from few_rows_cases import ROWS, SIZES, SPECS, check_special_values, inputs
+from kernel_cases import equal, poisoned
 
 from sparsecc.codegen.cpp import few_rows as generator
 from sparsecc.runtime.ops import expressions
@@ -15,7 +15,7 @@ from sparsecc.runtime.ops.few_rows import Spec, few_rows, few_rows_native, meani
 
 
 def check(name: str, *cases) -> None:
-    generator.load(SPECS[name])
+    generator.load(SPECS[name], cases[0][0].dtype)
     few_rows_cases.check(few_rows_native, name, *cases)
 
 
@@ -23,6 +23,12 @@ def check(name: str, *cases) -> None:
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_as_near_to_fp64_as_aten(name: str, rows: tuple[int, ...]) -> None:
     check(name, *(inputs(name, rows, size) for size in SIZES))
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
+def test_bfloat16_as_near_to_fp64_as_aten(name: str, rows: tuple[int, ...]) -> None:
+    check(name, *(inputs(name, rows, size, torch.bfloat16) for size in SIZES))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -59,31 +65,20 @@ def test_special_values_propagate(name: str, special: float) -> None:
 
 def test_every_element_is_written() -> None:
     """Memory that is full of NaN when the kernel gets it is not there when it returns."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    try:
+    with poisoned():
         for name, spec in SPECS.items():
             generator.load(spec)
             for rows in ROWS:
                 results = few_rows_native(*inputs(name, rows, 17), spec.text())
                 assert all(r.isfinite().all() for r in results)
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def test_the_same_bits_run_to_run_and_for_any_number_of_threads() -> None:
     generator.load(SPECS["q, k, v"])
     x, weights, operands = inputs("q, k, v", (3,), 577)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 2, 3):
-            torch.set_num_threads(threads)
-            results.append(few_rows_native(x, weights, operands, SPECS["q, k, v"].text()))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    text = SPECS["q, k, v"].text()
+    first, *others = kernel_cases.for_threads(lambda: few_rows_native(x, weights, operands, text))
+    assert all(equal(result, first) for result in others)
 
 
 def test_two_threads_at_once() -> None:
@@ -91,23 +86,7 @@ def test_two_threads_at_once() -> None:
     for spec in SPECS.values():
         generator.load(spec)
     cases = {name: (*inputs(name, (2,), 65), spec.text()) for name, spec in SPECS.items()}
-    alone = {name: few_rows_native(*case) for name, case in cases.items()}
-    wrong: list[str] = []
-
-    def work(names: list[str]) -> None:
-        for name in names:
-            for _ in range(50):
-                got = few_rows_native(*cases[name])
-                if not all(torch.equal(g, e) for g, e in zip(got, alone[name], strict=True)):
-                    wrong.append(name)
-
-    orders = list(cases), list(cases)[::-1]
-    threads = [threading.Thread(target=work, args=(order,)) for order in orders]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    assert kernel_cases.wrong_at_once(cases) == []
 
 
 def test_opcheck() -> None:
@@ -118,9 +97,17 @@ def test_opcheck() -> None:
 
 
 WRONG = {
-    "is not \\[features, size of x\\]": lambda x, w, o: (x, [w[0][:, 1:], *w[1:]], o),
+    "W0's weight \\(dense\\) is not \\[5, 8\\], as x needs it": lambda x, w, o: (
+        x,
+        [w[0][:, 1:], *w[1:]],
+        o,
+    ),
     "differ in features": lambda x, w, o: (x, [w[0], w[1][1:]], o),
-    "float32 on CPU": lambda x, w, o: (x.double(), w, o),
+    "x must be float32 or bfloat16 on CPU": lambda x, w, o: (x.double(), w, o),
+    "W1's weight \\(dense\\) must be float32 on CPU": lambda x, w, o: (x, [w[0], w[1].half()], o),
+    "operand 0 must be float32 on CPU": lambda x, w, o: (x, w, [o[0].double()]),
+    "1 weight tensors, not 2": lambda x, w, o: (x, w[:1], o),
+    "no kernel is loaded for x in bfloat16": lambda x, w, o: (x.bfloat16(), w, o),
     "not as large": lambda x, w, o: (x, w, [o[0][1:]]),
 }
 
@@ -137,7 +124,7 @@ def test_wrong_arguments_are_named(words: str) -> None:
 
 def test_a_kernel_that_is_not_loaded_is_named() -> None:
     spec = Spec("none", 0.0, ("p0 * 3.25",))
-    with pytest.raises(RuntimeError, match=r"no kernel is loaded for .*3\.25"):
+    with pytest.raises(RuntimeError, match=r"no kernel is loaded for x in float32 and .*3\.25"):
         few_rows_native(torch.randn(1, 4), [torch.randn(2, 4)], [], spec.text())
 
 
@@ -157,6 +144,14 @@ def test_a_spec_is_its_text() -> None:
         ('{"norm": "batch", "eps": 0, "outputs": ["p0"]}', "norm 'batch' is none of"),
         ('{"norm": "rms", "eps": 0, "outputs": ["v0"]}', "reads no product"),
         ('{"norm": "rms", "eps": 0, "outputs": ["p0 +"]}', "invalid syntax"),
+        (
+            '{"norm": "rms", "eps": 0, "outputs": ["p1"], "formats": ["int8"]}',
+            "a weight without a format",
+        ),
+        (
+            '{"norm": "rms", "eps": 0, "outputs": ["p0"], "formats": ["int5"]}',
+            "weight format 'int5' is none of dense, bf16, int8, int4g32",
+        ),
     ],
 )
 def test_a_text_that_is_no_spec(text: str, words: str) -> None:

@@ -1,0 +1,272 @@
+"""How the weights of ``sparsecc::few_rows`` are kept: floats, bytes, or nibbles with a scale for each group.
+
+A weight ``[N, K]`` is one or more tensors (:func:`parts`), which stand in a row in the operator's list:
+
+- ``dense``: floats of x's dtype. ``bf16``: bfloat16 under any x.
+- ``int8``: q int8 ``[N, K]`` and scale fp32 ``[N]``; W = scale q. Activations are int8 for each row, too.
+- ``int4g<G>``, G = 32, 64 or 128: packed uint8 ``[N, K/2]`` and scale fp16 ``[N, K/G]``;
+  W = scale (q - 8) with q in 0 … 15. Suffix ``z``: also zero fp16 ``[N, K/G]``, and W = scale (q - zero).
+  Suffix ``a8``: activations are int8 for each row.
+
+Nibbles: in a group of G weights, byte j holds weight j in its low and weight j + G/2 in its high half, so that
+a vector of bytes becomes two vectors of weights in their own order.
+
+Activations in int8: s = max|y| / 127 over the row, q = y / s rounded to nearest, ties to even; a row of zeros
+stays zeros, and a row with a NaN or an infinity becomes NaN. Sums of products of integers are exact; one
+multiplication by the scales follows (for nibbles, one for each group).
+
+Sources: symmetric and affine quantization as in Jacob et al. 2018, "Quantization and Training of Neural
+Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); groups as in Frantar et al. 2022,
+"GPTQ" (arXiv:2210.17323); activations for each token as in Yao et al. 2022, "ZeroQuant" (arXiv:2206.01861).
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+GROUPS = (32, 64, 128)
+NAMES = (
+    "dense",
+    "bf16",
+    "int8",
+    *(f"int4g{g}{zero}{act}" for g in GROUPS for zero in ("", "z") for act in ("", "a8")),
+)
+# Sums of this many products of int8 stay within int32.
+MOST_INT8 = 2**17
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a weight ``[N, K]``: ``[N, K / per]``, or ``[N]`` where ``per`` is 0.
+
+    Attributes:
+        name: what it is called in errors.
+        dtype: None for that of x.
+        per: how many weights of a row share one element.
+    """
+
+    name: str
+    dtype: torch.dtype | None
+    per: int
+
+    def shape(self, features: int, size: int) -> tuple[int, ...]:
+        return (features, size // self.per) if self.per else (features,)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format by its parts: ``kind`` is "float", "int8" or "int4"."""
+
+    name: str
+    kind: str
+    group: int = 1
+    zero: bool = False
+    rounds_activations: bool = False
+
+    @classmethod
+    @functools.cache
+    def of(cls, name: str) -> Format:
+        """The format of a name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if name not in NAMES:
+            raise ValueError(f"weight format {name!r} is none of {', '.join(NAMES)}")
+        if name == "int8":
+            return cls(name, "int8", rounds_activations=True)
+        found = re.fullmatch(r"int4g(\d+)(z?)(a8)?", name)
+        if found is None:
+            return cls(name, "float")
+        return cls(name, "int4", int(found[1]), bool(found[2]), bool(found[3]))
+
+    @functools.cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """The tensors of a weight, in order."""
+        if self.kind == "float":
+            return (Part("weight", torch.bfloat16 if self.name == "bf16" else None, 1),)
+        if self.kind == "int8":
+            return (Part("weight", torch.int8, 1), Part("scale", torch.float32, 0))
+        groups = [Part("scale", torch.float16, self.group)]
+        if self.zero:
+            groups.append(Part("zero", torch.float16, self.group))
+        return (Part("packed", torch.uint8, 2), *groups)
+
+    def check_size(self, size: int) -> None:
+        """Whether a row may have ``size`` weights.
+
+        Raises:
+            ValueError: groups do not fit, or sums may overflow.
+        """
+        if size % self.group:
+            raise ValueError(f"{self.name}: {size} features are no multiple of {self.group}")
+        if self.rounds_activations and size > MOST_INT8:
+            raise ValueError(
+                f"{self.name}: {size} features are more than {MOST_INT8}: int32 overflows"
+            )
+
+
+def check(form: Format, tensors: Sequence[torch.Tensor], size: int) -> None:
+    """Whether ``tensors`` are a weight of ``size`` features in this format; the dtypes of scales may be wider.
+
+    Raises:
+        ValueError: a shape or a dtype is not the format's.
+    """
+    form.check_size(size)
+    if len(tensors) != len(form.parts):
+        raise ValueError(f"{form.name}: {len(tensors)} tensors for {len(form.parts)}")
+    features = tensors[0].shape[0] if tensors[0].dim() else -1
+    for part, tensor in zip(form.parts, tensors, strict=True):
+        shape = part.shape(features, size)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"{form.name}: {part.name} is {list(tensor.shape)}, not {list(shape)}")
+        exact = part.dtype in (torch.int8, torch.uint8)
+        if tensor.dtype != part.dtype if exact else not tensor.dtype.is_floating_point:
+            raise ValueError(f"{form.name}: {part.name} is {tensor.dtype}, not {part.dtype}")
+
+
+# ---- nibbles -------------------------------------------------------------------------------------------
+
+
+def pack(q: torch.Tensor, group: int) -> torch.Tensor:
+    """Integers 0 … 15, ``[N, K]``, as uint8 ``[N, K/2]``.
+
+    Raises:
+        ValueError: K is no multiple of ``group``.
+    """
+    if q.shape[-1] % group:
+        raise ValueError(f"{q.shape[-1]} features are no multiple of {group}")
+    groups = q.shape[-1] // group
+    low, high = q.to(torch.uint8).unflatten(-1, (groups, 2, group // 2)).unbind(-2)
+    packed: torch.Tensor = (low | (high << 4)).flatten(-2)
+    return packed
+
+
+def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
+    """The inverse of :func:`pack`: uint8 ``[N, K]`` of uint8 ``[N, K/2]``.
+
+    Raises:
+        ValueError: K is no multiple of ``group``.
+    """
+    if 2 * packed.shape[-1] % group:
+        raise ValueError(f"{2 * packed.shape[-1]} features are no multiple of {group}")
+    halves = packed.unflatten(-1, (2 * packed.shape[-1] // group, group // 2))
+    return torch.stack([halves & 15, halves >> 4], -2).flatten(-3)
+
+
+# ---- quantization --------------------------------------------------------------------------------------
+
+
+def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+    """The tensors of ``weight`` in a format, each weight rounded to the nearest value that it has.
+
+    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group
+    that is widened to hold 0, and zero = -min / scale, an integer. They are rounded to their dtype before
+    weights are divided by them. A scale that fp16 cannot hold is infinite.
+
+    Args:
+        weight: ``[N, K]``, of any float dtype.
+        name: of the format.
+
+    Raises:
+        ValueError: the format is unknown, or K is not one of its sizes.
+    """
+    form = Format.of(name)
+    form.check_size(weight.shape[-1])
+    if form.kind == "float":
+        return (weight.to(form.parts[0].dtype or weight.dtype),)
+    w = weight if weight.dtype is torch.float64 else weight.float()
+    if form.kind == "int8":
+        q, scale = quantize_rows(w, torch.float32)
+        return q.to(torch.int8), scale.squeeze(-1)
+    groups = _grouped(w, form)
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    span = (high - low) / 15 if form.zero else torch.maximum(high, -low) / 7
+    scale = span.half()
+    wide = scale.to(w.dtype)
+    zero = (_divided(-low, wide).round() if form.zero else torch.full_like(wide, 8)).half()
+    levels = (_divided(groups, wide[..., None]).round() + zero[..., None].to(w.dtype)).clamp(0, 15)
+    packed = pack(levels.flatten(-2), form.group)
+    return (packed, scale, zero) if form.zero else (packed, scale)
+
+
+def dequantize(name: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[N, K]`` that ``tensors`` mean, computed in ``dtype``.
+
+    Raises:
+        ValueError: the format is unknown, or the tensors are none of its.
+    """
+    form = Format.of(name)
+    first = tensors[0]
+    check(form, tensors, first.shape[-1] * form.parts[0].per if first.dim() else 0)
+    if form.kind == "float":
+        return first.to(dtype)
+    if form.kind == "int8":
+        return first.to(dtype) * tensors[1].to(dtype)[:, None]
+    return (_centred(form, tensors, dtype) * tensors[1].to(dtype)[..., None]).flatten(-2)
+
+
+def quantize_rows(
+    y: torch.Tensor, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric int8 for each row: ``y ≈ scale q``.
+
+    Args:
+        y: ``[..., K]``.
+        dtype: of the scale; None for that of y.
+
+    Returns:
+        q ``[..., K]``, whole numbers of -127 … 127 in y's dtype, and the scale ``[..., 1]``. A row of zeros has
+        the scale 0 and q = 0; a row with a NaN or an infinity has q = NaN in it.
+    """
+    scale = (
+        y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros((*y.shape[:-1], 1))
+    ) / 127
+    scale = scale.to(dtype or y.dtype)
+    return _divided(y, scale.to(y.dtype)).round().clamp(-127, 127), scale
+
+
+def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """y Wᵀ as the format means it, ``[..., N]``, in y's dtype.
+
+    Args:
+        y: ``[..., K]``, float32 or float64.
+        name: of the format.
+        tensors: its parts.
+
+    Raises:
+        ValueError: the format is unknown, or the tensors are none of its.
+    """
+    form = Format.of(name)
+    check(form, tensors, y.shape[-1])
+    if not form.rounds_activations:
+        return torch.nn.functional.linear(y, dequantize(name, tensors, y.dtype))
+    q, scale = quantize_rows(y)
+    exact = q.double()  # holds sums of products of integers exactly
+    if form.kind == "int8":
+        sums = torch.nn.functional.linear(exact, tensors[0].double())
+        return sums.to(y.dtype) * (scale * tensors[1].to(y.dtype))
+    weights = _centred(form, tensors, torch.float64)
+    sums = torch.einsum("...gk,ngk->...ng", _grouped(exact, form), weights)
+    scaled: torch.Tensor = (sums.to(y.dtype) * tensors[1].to(y.dtype)).sum(-1) * scale
+    return scaled
+
+
+def _grouped(values: torch.Tensor, form: Format) -> torch.Tensor:
+    return values.unflatten(-1, (values.shape[-1] // form.group, form.group))
+
+
+def _centred(form: Format, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """q minus its zero, ``[N, K/G, G]``."""
+    q = _grouped(unpack(tensors[0], form.group).to(dtype), form)
+    return q - tensors[2].to(dtype)[..., None] if form.zero else q - 8
+
+
+def _divided(a: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    """a / by, and 0 where ``by`` is 0."""
+    return torch.where(by == 0, torch.zeros((), dtype=a.dtype, device=a.device), a / by)

@@ -1,0 +1,178 @@
+"""Formats of weights: packing, quantization, and what their products mean, against plain arithmetic."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sparsecc.runtime.ops import formats
+from sparsecc.runtime.ops.formats import Format
+
+NAMES = formats.NAMES
+INT4 = [name for name in NAMES if Format.of(name).kind == "int4"]
+ROUNDING = [name for name in NAMES if Format.of(name).rounds_activations]
+
+
+def parts(
+    name: str, rows: int = 5, size: int = 256
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    weight = torch.randn(rows, size)
+    return weight, formats.quantize(weight, name)
+
+
+@pytest.mark.parametrize("group", formats.GROUPS)
+def test_where_nibbles_lie(group: int) -> None:
+    q = torch.randint(0, 16, (3, 3 * group))
+    packed = formats.pack(q, group)
+    assert packed.dtype is torch.uint8
+    assert packed.shape == (3, 3 * group // 2)
+    for g in range(3):
+        for j in range(group // 2):
+            byte = packed[:, g * group // 2 + j].int()
+            assert torch.equal(byte & 15, q[:, g * group + j].int())
+            assert torch.equal(byte >> 4, q[:, g * group + j + group // 2].int())
+    assert torch.equal(formats.unpack(packed, group).long(), q)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_are_as_described(name: str) -> None:
+    _, tensors = parts(name)
+    form = Format.of(name)
+    assert [t.dtype for t in tensors] == [p.dtype or torch.float32 for p in form.parts]
+    assert [tuple(t.shape) for t in tensors] == [p.shape(5, 256) for p in form.parts]
+    formats.check(form, tensors, 256)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_dequantized_by_hand(name: str, dtype: torch.dtype) -> None:
+    _, tensors = parts(name, 2, 128)
+    form, found = Format.of(name), formats.dequantize(name, tensors, dtype)
+    assert found.dtype is dtype
+    for n in range(2):
+        for k in range(128):
+            if form.kind == "float":
+                expected = tensors[0][n, k].double()
+            elif form.kind == "int8":
+                expected = tensors[0][n, k].double() * tensors[1][n].double()
+            else:
+                q = formats.unpack(tensors[0], form.group)[n, k].double()
+                zero = tensors[2][n, k // form.group].double() if form.zero else 8
+                expected = (q - zero) * tensors[1][n, k // form.group].double()
+            bound = 1.5 * torch.finfo(dtype).eps * expected.abs()
+            assert (found[n, k].double() - expected).abs() <= bound
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n != "dense"])
+def test_rounded_to_nearest(name: str) -> None:
+    """Within half a step; scales in fp16 are rounded, so the greatest weight may lie behind the last step."""
+    weight, tensors = parts(name)
+    error = (formats.dequantize(name, tensors, torch.float64) - weight.double()).abs()
+    form = Format.of(name)
+    if form.kind == "float":
+        assert (error <= weight.abs() * torch.finfo(torch.bfloat16).eps / 2).all()
+        return
+    steps = tensors[1].double().unsqueeze(-1)
+    if form.kind == "int4":
+        error = error.unflatten(-1, (-1, form.group))
+    slack = 1e-6 if form.kind == "int8" else 15 * torch.finfo(torch.float16).eps
+    assert (error <= steps * (0.5 + slack)).all()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if Format.of(n).kind != "float"])
+def test_weights_that_the_format_has_stay_as_they_are(name: str) -> None:
+    form = Format.of(name)
+    if form.kind == "int8":
+        levels = torch.randint(-127, 128, (4, 256)).double()
+        levels[:, 7] = 127
+    else:
+        low, high = (-5, 10) if form.zero else (-7, 7)
+        levels = torch.randint(low, high + 1, (4, 256)).double()
+        levels[:, 3 :: form.group], levels[:, 5 :: form.group] = low, high
+    weight = levels * 0.25
+    tensors = formats.quantize(weight, name)
+    assert torch.equal(formats.dequantize(name, tensors, torch.float64), weight)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if Format.of(n).kind != "float"])
+def test_zeros_stay_zeros(name: str) -> None:
+    weight = torch.randn(3, 256)
+    weight[1] = 0
+    weight[2, :128] = 0
+    found = formats.dequantize(name, formats.quantize(weight, name), torch.float32)
+    assert found.isfinite().all()
+    assert found[weight == 0].eq(0).all()
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_a_zero_stands_for_groups_on_one_side(name: str) -> None:
+    """Weights that are all positive keep all sixteen levels where there is a zero."""
+    weight = torch.rand(4, 256)
+    tensors = formats.quantize(weight, name)
+    q = formats.unpack(tensors[0], Format.of(name).group)
+    assert int(q.min()) == (0 if Format.of(name).zero else 8)
+    assert int(q.max()) == 15
+
+
+@pytest.mark.parametrize("name", ROUNDING)
+def test_products_by_integers(name: str) -> None:
+    """y Wᵀ from integers that are added as such, for each group."""
+    y = torch.randn(3, 256, dtype=torch.float64)
+    _, tensors = parts(name)
+    form = Format.of(name)
+    scale = y.abs().amax(-1, keepdim=True) / 127
+    q = (y / scale).round().long()
+    if form.kind == "int8":
+        expected = (q @ tensors[0].long().T).double() * scale * tensors[1].double()
+    else:
+        levels = formats.unpack(tensors[0], form.group).long()
+        zero = tensors[2].long() if form.zero else torch.full_like(tensors[1], 8).long()
+        expected = torch.zeros(3, 5, dtype=torch.float64)
+        for g in range(256 // form.group):
+            at = slice(g * form.group, (g + 1) * form.group)
+            sums = q[:, at] @ (levels[:, at] - zero[:, g, None]).T
+            expected += sums.double() * tensors[1][:, g].double()
+        expected = expected * scale
+    torch.testing.assert_close(formats.product(y, name, tensors), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_rows_of_activations() -> None:
+    y = torch.tensor([[254.0, 1.0, 3.0, -5.0], [0.0, 0.0, 0.0, 0.0], [float("nan"), 1, 2, 3]])
+    q, scale = formats.quantize_rows(y)
+    assert q[:2].tolist() == [[127.0, 0.0, 2.0, -2.0], [0.0, 0.0, 0.0, 0.0]]
+    assert scale[:2].tolist() == [[2.0], [0.0]]
+    assert q[2].isnan().all()
+    infinite = torch.tensor([[float("inf"), 1.0]])
+    assert formats.product(infinite, "int8", parts("int8", 5, 2)[1]).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("int4g32", lambda t: (t[0].char(), t[1]), "packed is torch.int8, not torch.uint8"),
+        ("int4g32", lambda t: (t[0], t[1][:, :3]), r"scale is \[5, 3\], not \[5, 8\]"),
+        ("int4g32z", lambda t: t[:2], "2 tensors for 3"),
+        ("int8", lambda t: (t[0][:, :9], t[1]), r"weight is \[5, 9\], not \[5, 256\]"),
+        ("int8", lambda t: (t[0], t[1].int()), "scale is torch.int32, not torch.float32"),
+    ],
+)
+def test_tensors_that_are_not_of_the_format(name: str, change, words: str) -> None:
+    _, tensors = parts(name)
+    with pytest.raises(ValueError, match=f"{name}: {words}"):
+        formats.product(torch.randn(2, 256), name, change(tensors))
+
+
+@pytest.mark.parametrize("name", INT4)
+def test_sizes_that_are_no_multiple_of_a_group(name: str) -> None:
+    group = Format.of(name).group
+    with pytest.raises(ValueError, match=f"{name}: {group + 16} features are no multiple"):
+        formats.quantize(torch.randn(2, group + 16), name)
+    with pytest.raises(ValueError, match="are no multiple"):
+        formats.pack(torch.zeros(2, group + 16), group)
+    with pytest.raises(ValueError, match="are no multiple"):
+        formats.unpack(torch.zeros(2, group // 2 + 8), group)
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(ValueError, match="'int4' is none of dense, bf16, int8, int4g32"):
+        formats.quantize(torch.randn(2, 2), "int4")
