@@ -267,22 +267,32 @@ def _operator() -> ctypes.CDLL:
 
 
 @functools.cache
-def _load(text: str, dtype: torch.dtype) -> pathlib.Path:
-    path = native.library("rows_kernel", source(Spec.of(text), dtype), FLAGS)
+def _kernel(
+    text: str, dtype: torch.dtype, flags: tuple[str, ...]
+) -> tuple[pathlib.Path, ctypes.c_void_p]:
+    path = native.library("rows_kernel", source(Spec.of(text), dtype), flags)
     kernel = ctypes.CDLL(str(path))
     kernel.rows_kernel.restype = ctypes.c_void_p
-    register = _operator().sparsecc_rows_register
-    register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
-    register(str(dtype).removeprefix("torch.").encode(), text.encode(), kernel.rows_kernel())
-    return path
+    return path, ctypes.c_void_p(kernel.rows_kernel())
 
 
-def load(spec: Spec, dtype: torch.dtype = torch.float32) -> pathlib.Path:
+def load(
+    spec: Spec, dtype: torch.dtype = torch.float32, flags: tuple[str, ...] = FLAGS
+) -> pathlib.Path:
     """Make ``spec`` runnable on CPU tensors of ``dtype``; returns its library, whose source lies beside it.
+
+    Args:
+        spec: what to compute.
+        dtype: of the tensors: one of ``DTYPES``.
+        flags: of the compiler. The kernel that was loaded last for ``spec`` and ``dtype`` is the one that runs.
 
     Raises:
         BuildError: it cannot be built here.
         ValueError: no kernel reads tensors of this dtype.
     """
     with _lock:
-        return _load(spec.text(), dtype)
+        path, kernel = _kernel(spec.text(), dtype, flags)
+        register = _operator().sparsecc_rows_register
+        register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
+        register(str(dtype).removeprefix("torch.").encode(), spec.text().encode(), kernel)
+        return path
