@@ -154,6 +154,18 @@ CASES: dict[str, Case] = {
     "simple gate": Case(catalogue.simple_gate(), lambda t, v, s: [t[0] * t[1]], tensors=2),
     "evonorm s0": Case(catalogue.evonorm_s0(EPS), _evonorm_s0, vectors=[1, 1, 1]),
     "evonorm b0": Case(catalogue.evonorm_b0(EPS), _evonorm_b0, scalars=[1] * 4, positive=True),
+    "operands of every kind, summed": Case(
+        Spec(
+            ("w = abs(s0)", "y = t0 * w - v0"),
+            (Output("y * s1"), Output("y / (w + 1)", "wide", summed=True)),
+        ),
+        lambda t, v, s: [
+            (t[0] * s[0].abs() - v[0]) * s[1],
+            ((t[0] * s[0].abs() - v[0]) / (s[0].abs() + 1)).flatten(0, -2).sum(0),
+        ],
+        vectors=[1],
+        scalars=[1, 9],
+    ),
     "softmax": Case(
         Spec(("e = exp(t0 - max(t0))",), (Output("e / sum(e)"), Output("min(t0)", "wide"))),
         lambda t, v, s: [t[0].softmax(-1), t[0].amin(-1, keepdim=True)],

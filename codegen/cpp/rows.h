@@ -8,11 +8,20 @@ constexpr int64_t kStep = kUnroll * kLanes;
 constexpr int64_t kChunk = 16 * kStep;             // elements after which partial sums are put away
 constexpr int64_t kGrain = 1 << 14;                // elements that are worth a thread
 constexpr int64_t kBlocks = 32, kSummedRows = 64;  // of sums over rows: parts, and rows added up at a time
+constexpr int kTogether = 8;                       // rows whose sums stay in registers
 
 template <class Element>
 inline Element* row(const RowsOperand& operand, int64_t m) {
   return (Element*)operand.data + (m % operand.period) * operand.stride;
 }
+
+template <class Element>
+struct Several {
+  Element* at[kTogether];
+  Several(const RowsOperand& operand, int64_t from, int count) {
+    for (int i = 0; i < count; ++i) at[i] = row<Element>(operand, from + i);
+  }
+};
 
 // step(n, lanes, u) for every vector of a row from n on; u says which accumulators are its own.
 template <class Step, class PutAway>
@@ -70,7 +79,11 @@ struct Min {
 // Lane i becomes x[i ^ width] + x[i], or x[i ^ width] - x[i] where i has the bit of width.
 template <int width, int... i>
 inline Vector butterfly(Vector x, std::integer_sequence<int, i...>) {
+#if defined(__clang__) || __GNUC__ >= 12
   const Vector other = __builtin_shufflevector(x, x, (i ^ width)...);
+#else
+  const Vector other = __builtin_shuffle(x, Integers{(i ^ width)...});
+#endif
   const Vector signs = {(i & width ? -1.0f : 1.0f)...};
   return x * signs + other;
 }

@@ -99,6 +99,10 @@ class _Writer:
         self.summed = [j for j, output in enumerate(spec.outputs) if output.summed]
 
     def rows(self) -> str:
+        whole = any(step.op != "let" for step in self.spec.steps)
+        by_feature = all(step.by_feature for step in self.spec.results)
+        if self.summed and by_feature and not whole:
+            return self._together()
         lines = ["void rows(const Rows& call, int64_t begin, int64_t end, float* sums) {"]
         lines.append("  const int64_t size = call.size;")
         kept = self.schedule.kept
@@ -112,6 +116,36 @@ class _Writer:
             lines += [f"    {line}" for line in (*self._scalars(turn), *self._pass(turn))]
         lines += [f"    {line}" for line in self._scalars(self.schedule.passes)]
         lines += ["  }", "}"]
+        return "\n".join(lines)
+
+    def _together(self) -> str:
+        """Several rows at a time: sums over rows are read and written once for all of them."""
+        lines = ["void rows(const Rows& call, int64_t begin, int64_t end, float* sums) {"]
+        lines += ["  const int64_t size = call.size;"]
+        lines += [f"  float* out{j} = sums + {i} * size;" for i, j in enumerate(self.summed)]
+        lines += ["  for (int64_t from = begin; from < end; from += kTogether) {"]
+        lines += ["    const int count = std::min<int64_t>(end - from, kTogether);"]
+        for kind, operands in (("t", "tensors"), ("v", "vectors"), ("s", "scalars")):
+            element = "const Element" if kind == "t" else "const float"
+            for i, name in enumerate(self.spec.operands(kind)):
+                at = f"call.{operands}[{i}], from, count"
+                lines.append(f"    const Several<{element}> {name}_rows({at});")
+        lines += ["    each(size, [&](int64_t n, auto lanes, auto u) {"]
+        lines += [f"      Vector out{j}_n = load(out{j} + n, lanes);" for j in self.summed]
+        lines += ["      for (int i = 0; i < count; ++i) {"]
+        inner = [f"const Element* {name} = {name}_rows.at[i];" for name in self.spec.operands("t")]
+        inner += [f"const float* {name} = {name}_rows.at[i];" for name in self.spec.operands("v")]
+        inner += [f"const float {name} = *{name}_rows.at[i];" for name in self.spec.operands("s")]
+        for j, output in enumerate(self.spec.outputs):
+            if not output.summed:
+                stored = _STORED.get(output.dtype, "Element")
+                at = f"static_cast<{stored}*>(call.out[{j}]) + (from + i) * size"
+                inner.append(f"{stored}* out{j} = {at};")
+        inner += [*self._scalars(0), *self._body(0, self.schedule.goals(0), "out{}_n += {};")]
+        lines += [f"        {line}" for line in inner]
+        lines += ["      }"]
+        lines += [f"      store(out{j} + n, out{j}_n, lanes);" for j in self.summed]
+        lines += ["    }, [] {});", "  }", "}"]
         return "\n".join(lines)
 
     def _operands(self) -> Iterator[str]:
@@ -156,7 +190,12 @@ class _Writer:
             elif step.op == "hadamard":
                 yield f"hadamard(kept_{step.name}, size);"
 
-    def _body(self, turn: int, goals: list[Step]) -> Iterator[str]:
+    def _body(
+        self,
+        turn: int,
+        goals: list[Step],
+        add: str = "store(out{0} + n, load(out{0} + n, lanes) + ({1}), lanes);",
+    ) -> Iterator[str]:
         needed = self.schedule.needed(turn)
         computed = [s for s in needed if not self.schedule.is_kept(s, turn)]
         for kind in "tv":
@@ -176,7 +215,7 @@ class _Writer:
             elif step.op != "let":
                 yield f"{step.name}_part.add({value}, lanes, u);"
             elif step.name in {f"out{j}" for j in self.summed}:
-                yield f"store({step.name} + n, load({step.name} + n, lanes) + ({value}), lanes);"
+                yield add.format(step.name[3:], value)
             else:
                 yield f"store({step.name} + n, {value}, lanes);"
 
@@ -267,22 +306,32 @@ def _operator() -> ctypes.CDLL:
 
 
 @functools.cache
-def _load(text: str, dtype: torch.dtype) -> pathlib.Path:
-    path = native.library("rows_kernel", source(Spec.of(text), dtype), FLAGS)
+def _kernel(
+    text: str, dtype: torch.dtype, flags: tuple[str, ...]
+) -> tuple[pathlib.Path, ctypes.c_void_p]:
+    path = native.library("rows_kernel", source(Spec.of(text), dtype), flags)
     kernel = ctypes.CDLL(str(path))
     kernel.rows_kernel.restype = ctypes.c_void_p
-    register = _operator().sparsecc_rows_register
-    register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
-    register(str(dtype).removeprefix("torch.").encode(), text.encode(), kernel.rows_kernel())
-    return path
+    return path, ctypes.c_void_p(kernel.rows_kernel())
 
 
-def load(spec: Spec, dtype: torch.dtype = torch.float32) -> pathlib.Path:
+def load(
+    spec: Spec, dtype: torch.dtype = torch.float32, flags: tuple[str, ...] = FLAGS
+) -> pathlib.Path:
     """Make ``spec`` runnable on CPU tensors of ``dtype``; returns its library, whose source lies beside it.
+
+    Args:
+        spec: what to compute.
+        dtype: of the tensors: one of ``DTYPES``.
+        flags: of the compiler. The kernel that was loaded last for ``spec`` and ``dtype`` is the one that runs.
 
     Raises:
         BuildError: it cannot be built here.
         ValueError: no kernel reads tensors of this dtype.
     """
     with _lock:
-        return _load(spec.text(), dtype)
+        path, kernel = _kernel(spec.text(), dtype, flags)
+        register = _operator().sparsecc_rows_register
+        register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
+        register(str(dtype).removeprefix("torch.").encode(), spec.text().encode(), kernel)
+        return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 
 import pytest
@@ -57,6 +58,32 @@ def test_the_meaning_is_the_formula(name: str) -> None:
 def test_as_near_to_fp64_as_aten(name: str, dtype: torch.dtype) -> None:
     case = ALL[name]
     check(run, case, *(case.operands((*r, n), dtype) for r in ROWS for n in sizes(name)))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="flags of x86-64")
+@pytest.mark.parametrize("instructions", ["x86-64", "x86-64-v3"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrower_vectors(dtype: torch.dtype, instructions: str) -> None:
+    """What this processor would not choose: SSE2, and AVX2 where it has AVX-512."""
+    if instructions.endswith("v3") and "AVX" not in torch.backends.cpu.get_cpu_capability():
+        pytest.skip("this processor has no AVX2")
+    flags = (f"-march={instructions}", *generator.FLAGS[1:])
+
+    def narrow(t: list[torch.Tensor], v, s, text: str) -> list[torch.Tensor]:
+        generator.load(Spec.of(text), dtype, flags)
+        result: list[torch.Tensor] = rows_native(t, v, s, text)
+        return result
+
+    for name in (
+        "residual, layer, int8 by token",
+        "rms, fp8 by token",
+        "softmax",
+        "functions",
+        "group rational, backward",
+        "hadamard 2",
+        "hadamard 32",
+    ):
+        check(narrow, ALL[name], *(ALL[name].operands((3, n), dtype) for n in sizes(name, 577)))
 
 
 @pytest.mark.parametrize("amplitude", [1e-4, 1e-2, 1e2, 6e4])
