@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import pathlib
 
+import torch
+
 from sparsecc.codegen.cpp import operators
 from sparsecc.runtime.ops.cached_attention import Spec
 
@@ -89,4 +91,4 @@ def load(spec: Spec) -> pathlib.Path:
     Raises:
         BuildError: it cannot be built here.
     """
-    return operators.load("cached_attention", spec.text(), source(spec))
+    return operators.load("cached_attention", torch.float32, spec.text(), source(spec))

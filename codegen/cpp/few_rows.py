@@ -7,22 +7,18 @@ format of weights wants them.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import hashlib
 import pathlib
-import threading
 
 import torch
 
+from sparsecc.codegen.cpp import operators
+from sparsecc.codegen.cpp.operators import FLAGS
 from sparsecc.errors import BuildError
-from sparsecc.runtime import native
 from sparsecc.runtime.ops import expressions
-from sparsecc.runtime.ops import few_rows as operator
 from sparsecc.runtime.ops.few_rows import Spec
 from sparsecc.runtime.ops.formats import MOST_INT8, Format
 
-FLAGS = ("-march=native", "-ffp-contract=fast", "-fno-math-errno")
 # A kernel's own dtype, that of x, operands and outputs, and the parts of weights: names here and in C++.
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _TYPES = {
@@ -32,9 +28,6 @@ _TYPES = {
     torch.int8: ("kInt8", "int8_t"),
     torch.uint8: ("kUInt8", "uint8_t"),
 }
-_HERE = pathlib.Path(__file__).parent
-_OPERATOR = pathlib.Path(operator.__file__)
-_lock = threading.Lock()
 
 
 def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
@@ -65,11 +58,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
 #include <algorithm>
 #include <iterator>
 
-{_interface()}
-{_text(_HERE / "vector.h")}
-{_text(_HERE / "bytes.h")}
-{_text(_HERE / "weights.h")}
-{_text(_HERE / "few_rows.h")}
+{operators.text_of("few_rows.h", "vector.h", "bytes.h", "weights.h", "products.h")}
 namespace {{
 
 using Element = {_TYPES[dtype][1]};
@@ -275,34 +264,6 @@ def _checks(spec: Spec) -> str:
     return "\n".join(lines)
 
 
-def _interface() -> str:
-    """What the operator and its kernels agree on: each is built from one text, without files to include."""
-    return _text(_OPERATOR.with_name("few_rows.h")).replace("#pragma once", "")
-
-
-def _text(path: pathlib.Path) -> str:
-    return path.read_text(encoding="utf-8")
-
-
-@functools.cache
-def _operator() -> ctypes.CDLL:
-    """The operator's own library, loaded: its kernel for CPU tensors is registered."""
-    text = _text(_OPERATOR.with_suffix(".cpp")).replace('#include "few_rows.h"', _interface())
-    path = native.library("few_rows", text, libraries=("torch_cpu", "c10"))
-    torch.ops.load_library(str(path))
-    return ctypes.CDLL(str(path))
-
-
-@functools.cache
-def _kernel(
-    text: str, dtype: torch.dtype, flags: tuple[str, ...]
-) -> tuple[pathlib.Path, ctypes.c_void_p]:
-    path = native.library("few_rows_kernel", source(Spec.of(text), dtype), flags)
-    kernel = ctypes.CDLL(str(path))
-    kernel.few_rows_kernel.restype = ctypes.c_void_p
-    return path, ctypes.c_void_p(kernel.few_rows_kernel())
-
-
 def load(
     spec: Spec, dtype: torch.dtype = torch.float32, flags: tuple[str, ...] = FLAGS
 ) -> pathlib.Path:
@@ -317,9 +278,4 @@ def load(
     """
     if dtype not in DTYPES:
         raise BuildError(f"few_rows: no kernel for {dtype}, but for {', '.join(DTYPES.values())}")
-    with _lock:
-        path, kernel = _kernel(spec.text(), dtype, flags)
-        register = _operator().sparsecc_few_rows_register
-        register.argtypes, register.restype = (ctypes.c_char_p, ctypes.c_void_p), None
-        register(spec.text().encode(), kernel)
-        return path
+    return operators.load("few_rows", dtype, spec.text(), source(spec, dtype), flags)

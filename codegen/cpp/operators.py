@@ -21,42 +21,51 @@ FLAGS = ("-march=native", "-ffp-contract=fast", "-fno-math-errno")
 _OPERATORS = pathlib.Path(ops.__file__).parent
 _KERNELS = pathlib.Path(__file__).parent
 _lock = threading.Lock()
-_loaded: dict[tuple[str, str], pathlib.Path] = {}
 
 
 def text_of(*names: str) -> str:
-    """Headers of operators and kernels, by file name, to stand in a generated source."""
+    """Headers of operators and kernels, by file name, with what they include: a source needs no files."""
     found = []
     for name in names:
         path = next(p for p in (_KERNELS / name, _OPERATORS / name) if p.exists())
-        found.append(path.read_text(encoding="utf-8").replace("#pragma once", ""))
+        text = path.read_text(encoding="utf-8").replace("#pragma once\n", "")
+        found.append(re.sub(r'#include "(.+)"', lambda included: text_of(included[1]), text))
     return "\n".join(found)
 
 
-def load(operator: str, spec: str, source: str) -> pathlib.Path:
+def load(
+    operator: str, dtype: torch.dtype, spec: str, source: str, flags: tuple[str, ...] = FLAGS
+) -> pathlib.Path:
     """Make ``spec`` runnable by the native ``operator``; returns its library, whose source lies beside it.
+
+    Args:
+        dtype: of the tensors that the kernel is for.
+        flags: of the compiler. The kernel that was loaded last for ``spec`` and ``dtype`` is the one that runs.
 
     Raises:
         BuildError: it cannot be built here.
     """
     with _lock:
-        known = _loaded.get((operator, spec))
-        if known is not None:
-            return known
-        path = native.library(f"{operator}_kernel", source, FLAGS)
-        kernel = getattr(ctypes.CDLL(str(path)), f"{operator}_kernel")
-        kernel.restype = ctypes.c_void_p
+        path, kernel = _kernel(operator, source, flags)
         register = getattr(_library(operator), f"sparsecc_{operator}_register")
-        register.argtypes, register.restype = (ctypes.c_char_p, ctypes.c_void_p), None
-        register(spec.encode(), kernel())
-        return _loaded.setdefault((operator, spec), path)
+        register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
+        register(str(dtype).removeprefix("torch.").encode(), spec.encode(), kernel)
+        return path
+
+
+@functools.cache
+def _kernel(
+    operator: str, source: str, flags: tuple[str, ...]
+) -> tuple[pathlib.Path, ctypes.c_void_p]:
+    path = native.library(f"{operator}_kernel", source, flags)
+    kernel = getattr(ctypes.CDLL(str(path)), f"{operator}_kernel")
+    kernel.restype = ctypes.c_void_p
+    return path, ctypes.c_void_p(kernel())
 
 
 @functools.cache
 def _library(operator: str) -> ctypes.CDLL:
     """The operator's own library, loaded: its implementation for CPU tensors is registered."""
-    source = text_of(f"{operator}.cpp")
-    source = re.sub(r'#include "(\w+\.h)"', lambda m: text_of(m.group(1)), source)
-    path = native.library(operator, source, libraries=("torch_cpu", "c10"))
+    path = native.library(operator, text_of(f"{operator}.cpp"), libraries=("torch_cpu", "c10"))
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))

@@ -8,29 +8,21 @@ to the threads; sums over rows are taken in parts that do not depend on the numb
 from __future__ import annotations
 
 import ast
-import ctypes
-import functools
 import hashlib
 import pathlib
-import re
-import threading
 from collections.abc import Iterator
 
 import torch
 
+from sparsecc.codegen.cpp import operators
+from sparsecc.codegen.cpp.operators import FLAGS
 from sparsecc.codegen.row_schedule import Schedule, law
-from sparsecc.runtime import native
 from sparsecc.runtime.ops import expressions
-from sparsecc.runtime.ops import rows as operator
 from sparsecc.runtime.ops.rows import Output, Spec, Step
 
-FLAGS = ("-march=native", "-ffp-contract=fast", "-fno-math-errno")
 DTYPES = {torch.float32: "Float32", torch.bfloat16: "BFloat16", torch.float16: "Float16"}
 _STORED = {"wide": "Float32", "int8": "Int8", "float8_e4m3fn": "Float8E4M3"}
 _CODES = {"x": "kAsTensors", "wide": "kWide", "int8": "kInt8", "float8_e4m3fn": "kFloat8E4m3fn"}
-_HERE = pathlib.Path(__file__).parent
-_OPERATOR = pathlib.Path(operator.__file__)
-_lock = threading.Lock()
 
 
 def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
@@ -55,11 +47,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
 #include <utility>
 #include <vector>
 
-{_inlined(_OPERATOR.with_suffix(".h"))}
-{_inlined(_HERE / "vector.h")}
-{_inlined(_HERE / "functions.h")}
-{_inlined(_HERE / "storage.h")}
-{_inlined(_HERE / "rows.h")}
+{operators.text_of("rows.h", "vector.h", "functions.h", "storage.h", "statistics.h")}
 namespace sparsecc {{
 namespace {{
 
@@ -290,31 +278,6 @@ const char* run(const Rows* call) {{
 }}"""
 
 
-def _inlined(path: pathlib.Path) -> str:
-    """A file with what it includes in quotes: a kernel is built from one text, without files to find."""
-    text = path.read_text(encoding="utf-8").replace("#pragma once\n", "")
-    return re.sub(r'#include "(.+)"', lambda found: _inlined(path.with_name(found[1])), text)
-
-
-@functools.cache
-def _operator() -> ctypes.CDLL:
-    """The operator's own library, loaded: its kernel for CPU tensors is registered."""
-    text = _inlined(_OPERATOR.with_suffix(".cpp"))
-    path = native.library("rows", text, libraries=("torch_cpu", "c10"))
-    torch.ops.load_library(str(path))
-    return ctypes.CDLL(str(path))
-
-
-@functools.cache
-def _kernel(
-    text: str, dtype: torch.dtype, flags: tuple[str, ...]
-) -> tuple[pathlib.Path, ctypes.c_void_p]:
-    path = native.library("rows_kernel", source(Spec.of(text), dtype), flags)
-    kernel = ctypes.CDLL(str(path))
-    kernel.rows_kernel.restype = ctypes.c_void_p
-    return path, ctypes.c_void_p(kernel.rows_kernel())
-
-
 def load(
     spec: Spec, dtype: torch.dtype = torch.float32, flags: tuple[str, ...] = FLAGS
 ) -> pathlib.Path:
@@ -329,9 +292,4 @@ def load(
         BuildError: it cannot be built here.
         ValueError: no kernel reads tensors of this dtype.
     """
-    with _lock:
-        path, kernel = _kernel(spec.text(), dtype, flags)
-        register = _operator().sparsecc_rows_register
-        register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
-        register(str(dtype).removeprefix("torch.").encode(), spec.text().encode(), kernel)
-        return path
+    return operators.load("rows", dtype, spec.text(), source(spec, dtype), flags)

@@ -1,15 +1,6 @@
 // sparsecc::few_rows_native on CPU: checks its arguments, finds the kernel of its spec, and hands it plain pointers.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <mutex>
-#include <shared_mutex>
-#include <stdexcept>
-#include <string>
-#include <unordered_map>
-#include <vector>
+#include "kernels.h"
 
 #include "few_rows.h"
 
@@ -22,27 +13,15 @@ constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int8", "uin
 constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char,
                                  ScalarType::Byte};
 
-std::shared_mutex guard;
-std::unordered_map<std::string, FewRowsKernel> kernels;
+Kernels<FewRowsKernel> kernels("few_rows");
 
-std::string key(const std::string& spec, FewRowsType type) { return std::string(kNames[type]) + spec; }
-
-void in_parallel(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
-void require(bool holds, const std::string& what) {
-  if (!holds) throw std::runtime_error("few_rows: " + what);
-}
+void require(bool holds, const std::string& what) { kernels.require(holds, what); }
 
 FewRowsKernel find(const std::string& spec, const Tensor& x) {
   const bool wide = x.scalar_type() == ScalarType::Float;
   require(x.is_cpu() && (wide || x.scalar_type() == ScalarType::BFloat16), "x must be float32 or bfloat16 on CPU");
   const FewRowsType type = wide ? kFloat32 : kBFloat16;
-  std::shared_lock lock(guard);
-  const auto found = kernels.find(key(spec, type));
-  require(found != kernels.end(), std::string("no kernel is loaded for x in ") + kNames[type] + " and " + spec);
-  return found->second;
+  return kernels.find(kNames[type], spec);
 }
 
 const void* data(Tensor& tensor, FewRowsType type, const std::string& name) {
@@ -107,10 +86,9 @@ std::vector<Tensor> few_rows(Tensor x, std::vector<Tensor> weights, std::vector<
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) void sparsecc_few_rows_register(const char* spec,
-                                                                                  const FewRowsKernel* kernel) {
-  std::unique_lock lock(guard);
-  kernels[key(spec, kernel->type)] = *kernel;
+extern "C" __attribute__((visibility("default"))) void sparsecc_few_rows_register(
+    const char* dtype, const char* spec, const FewRowsKernel* kernel) {
+  kernels.add(dtype, spec, *kernel);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecc, CPU, m) { m.impl("few_rows_native", TORCH_BOX(&few_rows)); }

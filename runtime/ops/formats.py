@@ -258,7 +258,8 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
 
 
 def _grouped(values: torch.Tensor, form: Format) -> torch.Tensor:
-    return values.unflatten(-1, (values.shape[-1] // form.group, form.group))
+    grouped: torch.Tensor = values.unflatten(-1, (values.shape[-1] // form.group, form.group))
+    return grouped
 
 
 def _centred(form: Format, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

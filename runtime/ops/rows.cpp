@@ -1,19 +1,12 @@
 // sparsecc::rows_native on CPU: checks its arguments, finds the kernel of its spec, and hands it plain pointers.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <deque>
-#include <mutex>
-#include <shared_mutex>
-#include <stdexcept>
-#include <string>
-#include <unordered_map>
-#include <vector>
+
+#include "kernels.h"
 
 #include "rows.h"
 
@@ -22,14 +15,9 @@ using torch::stable::Tensor;
 
 namespace {
 
-std::shared_mutex guard;
-std::unordered_map<std::string, RowsKernel> kernels;
+Kernels<RowsKernel> kernels("rows");
 
-void in_parallel(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
-[[noreturn]] void fail(const std::string& what) { throw std::runtime_error("rows: " + what); }
+[[noreturn]] void fail(const std::string& what) { kernels.fail(what); }
 
 std::string name(char kind, size_t index) { return kind + std::to_string(index); }
 
@@ -40,13 +28,6 @@ std::string dtype_name(ScalarType dtype) {
     case ScalarType::Half: return "float16";
     default: fail("t0 must be float32, bfloat16 or float16");
   }
-}
-
-RowsKernel find(const std::string& dtype, const std::string& spec) {
-  std::shared_lock lock(guard);
-  const auto found = kernels.find(dtype + spec);
-  if (found == kernels.end()) fail("no kernel is loaded for " + dtype + " and " + spec);
-  return found->second;
 }
 
 // What a call keeps alive: copies of operands that could not be read as they lie.
@@ -118,7 +99,7 @@ std::vector<Tensor> rows(std::vector<Tensor> tensors, std::vector<Tensor> vector
   if (tensors.empty()) fail("there is no tensor");
   const Tensor& x = tensors[0];
   if (x.dim() < 1) fail("t0 has no features");
-  const RowsKernel kernel = find(dtype_name(x.scalar_type()), spec);
+  const RowsKernel kernel = kernels.find(dtype_name(x.scalar_type()), spec);
   require_count(kernel.tensors, tensors.size(), "tensors");
   require_count(kernel.vectors, vectors.size(), "vectors");
   require_count(kernel.scalars, scalars.size(), "scalars");
@@ -169,8 +150,7 @@ std::vector<Tensor> rows(std::vector<Tensor> tensors, std::vector<Tensor> vector
 
 extern "C" __attribute__((visibility("default"))) void sparsecc_rows_register(const char* dtype, const char* spec,
                                                                               const RowsKernel* kernel) {
-  std::unique_lock lock(guard);
-  kernels[std::string(dtype) + spec] = *kernel;
+  kernels.add(dtype, spec, *kernel);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparsecc, CPU, m) { m.impl("rows_native", TORCH_BOX(&rows)); }

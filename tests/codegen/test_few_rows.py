@@ -107,7 +107,7 @@ WRONG = {
     "W1's weight \\(dense\\) must be float32 on CPU": lambda x, w, o: (x, [w[0], w[1].half()], o),
     "operand 0 must be float32 on CPU": lambda x, w, o: (x, w, [o[0].double()]),
     "1 weight tensors, not 2": lambda x, w, o: (x, w[:1], o),
-    "no kernel is loaded for x in bfloat16": lambda x, w, o: (x.bfloat16(), w, o),
+    "no kernel is loaded for bfloat16": lambda x, w, o: (x.bfloat16(), w, o),
     "not as large": lambda x, w, o: (x, w, [o[0][1:]]),
 }
 
