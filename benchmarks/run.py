@@ -19,6 +19,7 @@ import compile_time
 import crmsnorm
 import decode
 import freshness
+import gemv
 import networks
 import speed
 import torch
@@ -33,6 +34,7 @@ SUITES = {
     "compile": compile_time.run,
     "crmsnorm": crmsnorm.run,
     "decode": decode.run,
+    "gemv": gemv.run,
 }
 
 

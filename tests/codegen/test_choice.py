@@ -12,6 +12,8 @@ from torch import nn
 
 from sparsecc import kernels
 from sparsecc.errors import BuildError
+from sparsecc.runtime.ops import formats
+from sparsecc.runtime.ops.few_rows import Spec
 
 OPTIONS = {"passes": ["fuse-few-rows"], "lower": "inductor"}
 X = torch.randn(2, 24)
@@ -86,7 +88,7 @@ def test_a_measurement_measures() -> None:
 def test_no_compiler_is_one_line_in_the_log(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(_: object) -> None:
+    def fail(*_: object) -> None:
         raise BuildError("no compiler")
 
     monkeypatch.setattr(kernels.cpp.few_rows, "load", fail)
@@ -109,3 +111,14 @@ def test_without_code_generation_nothing_is_measured(
             assert {k.chosen for k in report.graphs[0].kernels} == {"aten"}
             assert all(k.reason for k in report.graphs[0].kernels)
     assert asked == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_any_format_are_measured(dtype: torch.dtype) -> None:
+    spec = Spec("none", 0.0, ("p0 * p1 + v0",), ("int4g32za8", "int8"))
+    kernels.cpp.few_rows.load(spec, dtype)
+    weights = [t for name in spec.formats for t in formats.quantize(torch.randn(512, 8192), name)]
+    fakes = [torch.empty(1, 8192, dtype=dtype), weights, [torch.empty(512, dtype=dtype)]]
+    seconds = kernels._measure(spec.text(), fakes)
+    assert set(seconds) == {"aten", "cpp"}
+    assert all(value > 0 for value in seconds.values())
