@@ -5,8 +5,8 @@ activations. fp32 and bf16 reach 90% of the bandwidth of a streaming read, int8 
 needs half the bytes and somewhat more arithmetic for each, so 60 to 70% of the bandwidth, which is 1.6 times
 int8; int4 with float activations must widen each weight to fp32, and is bound by that at half of the bandwidth.
 At 16 rows arithmetic is the limit everywhere, and what is left is the lead of int8 products over float ones.
-ATen reaches 80% in fp32 and 45% in bf16 at one row. torchao's int8 weights run by Inductor's own kernels: at most
-1.0 times ours for weights alone, behind where activations are quantized in passes of their own.
+ATen reaches 80% in fp32 and 45% in bf16 at one row. torchao's int8 weights run by Inductor's own kernels: at
+most 1.0 times ours for weights alone, behind where activations are quantized in passes of their own.
 
 Weights take turns so that no cache holds them, and so does the read that they are compared with.
 """
@@ -45,10 +45,7 @@ KERNELS = {
 TORCHAO = {
     "torchao int8": ("Int8WeightOnlyConfig", {}),
     "torchao int8 dynamic": ("Int8DynamicActivationInt8WeightConfig", {}),
-    "torchao int4": (
-        "Int4WeightOnlyConfig",
-        {"group_size": 128, "int4_packing_format": "opaque"},
-    ),
+    "torchao int4": ("Int4WeightOnlyConfig", {"group_size": 128}),
 }
 
 
@@ -126,13 +123,12 @@ def _over(call: Callable[[list[torch.Tensor]], Any], tensors: list[torch.Tensor]
 def _ours(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Variant]:
     found = {}
     for name, (form, dtype) in KERNELS.items():
-        spec = Spec("none", 0.0, ("p0",), (form,))
+        spec, rows = Spec("none", 0.0, ("p0",), (form,)), x.to(dtype)
         generator.load(spec, dtype)
+        text = spec.text()
 
-        def call(
-            tensors: list[torch.Tensor], x: torch.Tensor = x.to(dtype), text: str = spec.text()
-        ) -> Any:
-            return few_rows_native(x, tensors, [], text)
+        def call(tensors: list[torch.Tensor], rows: torch.Tensor = rows, text: str = text) -> Any:
+            return few_rows_native(rows, tensors, [], text)
 
         found[name] = _over(call, list(formats.quantize(weight.to(dtype), form)))
     return found
@@ -154,11 +150,36 @@ def _aten(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Variant]:
                 return linear(x, tensors[0])
 
             found[f"{kind} {name}"] = _over(call, [weight.to(dtype)])
-    return found
+    return {**found, **_packed(weight, x.bfloat16())}
+
+
+def _packed(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Variant]:
+    """ATen's products of bf16 rows with int8 weights, and with int4 in groups of 128."""
+    aten = torch.ops.aten
+    levels, scale = formats.quantize(weight, "int8")
+    packed, steps, zero = formats.quantize(weight, "int4g128z")
+    nibbles = formats.unpack(packed, 128).int()
+    own = aten._convert_weight_to_int4pack_for_cpu(nibbles, 1)
+    # w = scale (q - 8) + shift, with both [K / 128, N] in one tensor.
+    shift = (8 - zero.float()) * steps.float()
+    pairs = torch.stack([steps.float().t(), shift.t()], -1).bfloat16().contiguous()
+
+    def int8(tensors: list[torch.Tensor]) -> Any:
+        return aten._weight_int8pack_mm(x, *tensors)
+
+    def int4(tensors: list[torch.Tensor]) -> Any:
+        return aten._weight_int4pack_mm_for_cpu(x, tensors[0], 128, tensors[1])
+
+    exact = x.float() @ formats.dequantize("int4g128z", (packed, steps, zero), torch.float32).T
+    assert (int4([own, pairs]).float() - exact).norm() < 0.02 * exact.norm()
+    return {
+        "ATen int8": _over(int8, [levels, scale.bfloat16()]),
+        "ATen int4": _over(int4, [own, pairs]),
+    }
 
 
 def _torchao(weight: torch.Tensor, x: torch.Tensor) -> dict[str, Variant]:
-    """torchao's quantized layers in bf16, compiled by Inductor as torchao advises; what it lacks here is named."""
+    """torchao's quantized layers in bf16, compiled by Inductor as it advises; what it lacks here is named."""
     if importlib.util.find_spec("torchao") is None:
         return {}
     import torchao.quantization as quantization

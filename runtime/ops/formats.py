@@ -143,7 +143,8 @@ def pack(q: torch.Tensor, group: int) -> torch.Tensor:
         raise ValueError(f"{q.shape[-1]} features are no multiple of {group}")
     groups = q.shape[-1] // group
     low, high = q.to(torch.uint8).unflatten(-1, (groups, 2, group // 2)).unbind(-2)
-    return (low | (high << 4)).flatten(-2)
+    packed: torch.Tensor = (low | (high << 4)).flatten(-2)
+    return packed
 
 
 def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
@@ -256,7 +257,8 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
 
 
 def _grouped(values: torch.Tensor, form: Format) -> torch.Tensor:
-    return values.unflatten(-1, (values.shape[-1] // form.group, form.group))
+    groups: torch.Tensor = values.unflatten(-1, (values.shape[-1] // form.group, form.group))
+    return groups
 
 
 def _centred(form: Format, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
