@@ -20,6 +20,7 @@ import crmsnorm
 import decode
 import few_rows
 import freshness
+import gemv
 import networks
 import speed
 import torch
@@ -35,6 +36,7 @@ SUITES = {
     "crmsnorm": crmsnorm.run,
     "decode": decode.run,
     "few_rows": few_rows.run,
+    "gemv": gemv.run,
 }
 
 

@@ -17,7 +17,7 @@ from sparsecc.errors import BuildError
 from sparsecc.options import Options
 from sparsecc.regions import Variant
 from sparsecc.report.model import GraphReport, KernelChoice
-from sparsecc.runtime.ops import cached_attention, few_rows
+from sparsecc.runtime.ops import cached_attention, few_rows, formats
 
 OPTIONS = {"passes": ["fuse-few-rows"], "lower": "inductor"}
 X = torch.randn(2, 24)
@@ -248,3 +248,14 @@ def test_a_measurement_measures_on_a_gpu() -> None:
     assert "aten" in found
     assert len(found) > 2
     assert all(1e-7 < seconds < 1 for seconds in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_in_any_format_are_measured(dtype: torch.dtype) -> None:
+    spec = few_rows.Spec("none", 0.0, ("p0 * p1 + v0",), ("int4g32za8", "int8"))
+    weights = [t for name in spec.formats for t in formats.quantize(torch.randn(512, 8192), name)]
+    operands = [torch.empty(512, dtype=dtype)]
+    args = (torch.empty(1, 8192, dtype=dtype), weights, operands, spec.text())
+    seconds = kernels._measure(variants(few_rows.few_rows, args), args)
+    assert set(seconds) == {"aten", "cpp"}
+    assert all(value > 0 for value in seconds.values())

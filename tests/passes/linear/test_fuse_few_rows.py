@@ -77,6 +77,19 @@ def test_a_layer_is_five_operators(norm: str, bias: bool, codegen: str) -> None:
     assert {k.chosen for k in report.graphs[0].kernels} == {codegen}
 
 
+@pytest.mark.parametrize("codegen", ["aten", "cpp"])
+@pytest.mark.parametrize("norm", ["rms", "layer", "none"])
+def test_a_layer_in_bfloat16(norm: str, codegen: str) -> None:
+    model, x = randomise(Block(norm)).eval().bfloat16(), X.bfloat16()
+    with torch.no_grad():
+        result, report = run(model, x, codegen=codegen, **ONLY)
+        assert result.dtype is torch.bfloat16
+        agrees_with_fp64(model, x, result)
+    assert report[NAME].applied == 5
+    assert specs(report)[2] == f"{norm} | silu(p0 + v0) * (p1 + v1)"
+    assert {k.chosen for k in report.graphs[0].kernels} == {codegen}
+
+
 def test_verified_in_fp64_and_through_inductor() -> None:
     model = randomise(Block()).eval()
     options = {"lower": "inductor", "codegen": "cpp", "verify": "each"}
@@ -163,6 +176,7 @@ GROWN = {
     ),
     "not what broadcasts": (lambda m, x: m.b(x) + x[:, :1], ["none | p0"]),
     "not what widens": (lambda m, x: m.b(x) * x.double(), ["none | p0"]),
+    "not past a cast": (lambda m, x: torch.relu(m.b(x).double()), ["none | p0"]),
     "not another gelu": (lambda m, x: F.gelu(m.b(x), approximate="tanh"), ["none | p0"]),
     "not a view": (lambda m, x: torch.relu(m.b(x).view(-1, D)), ["none | p0"]),
     "not a norm that others read": (
