@@ -59,14 +59,14 @@ inline Ints dot(Ints sums, Unsigned u, Bytes s) {
 #endif
 }
 
-// u1 * s1 + u2 * s2 with u1, u2 at most 15.
-inline Ints dot_nibbles(Unsigned u1, Bytes s1, Unsigned u2, Bytes s2) {
+// sums + u1 * s1 + u2 * s2 with u1, u2 at most 15.
+inline Ints dot_nibbles(Ints sums, Unsigned u1, Bytes s1, Unsigned u2, Bytes s2) {
 #if !defined(SPARSECC_VNNI) && defined(__AVX2__) && !defined(__AVX512F__)
   const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16((__m256i)u1, (__m256i)s1),
                                          _mm256_maddubs_epi16((__m256i)u2, (__m256i)s2));
-  return (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+  return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 #else
-  return dot(dot(Ints{}, u1, s1), u2, s2);
+  return dot(dot(sums, u1, s1), u2, s2);
 #endif
 }
 
@@ -161,7 +161,7 @@ struct Arranged {
   const Quantized& from;
   int64_t vectors;
   Buffer<int8_t> values;
-  Buffer<float> sums;  // of each lane's activations
+  Buffer<int32_t> sums;  // of each lane's activations
 
   explicit Arranged(const Quantized& from)
       : from(from), vectors((from.size / 2 + kBytes - 1) / kBytes), values(from.rows * vectors * 2 * kBytes),
@@ -179,14 +179,13 @@ struct Arranged {
         const Unsigned ones = Unsigned{} + uint8_t(1);
         const Ints first = dot(Ints{}, ones, load_bytes<Bytes>(to + v * 2 * kBytes));
         const Ints both = dot(first, ones, load_bytes<Bytes>(to + v * 2 * kBytes + kBytes));
-        const Vector floats = __builtin_convertvector(both, Vector);
-        std::memcpy(sums.data() + (m * vectors + v) * kLanes, &floats, sizeof floats);
+        std::memcpy(sums.data() + (m * vectors + v) * kLanes, &both, sizeof both);
       }
     }
   }
 
   const int8_t* row(int64_t m) const { return values.data() + m * vectors * 2 * kBytes; }
-  const float* row_sums(int64_t m) const { return sums.data() + m * vectors * kLanes; }
+  const int32_t* row_sums(int64_t m) const { return sums.data() + m * vectors * kLanes; }
 };
 
 }  // namespace

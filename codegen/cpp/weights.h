@@ -155,12 +155,12 @@ struct Int4A8 {
       const int64_t left = whole ? kBytes : bytes - byte;
       const int64_t g = byte / (group / 2), at = byte * 2;
       Bytes first[rows], second[rows];
-      Vector total[rows];
+      Ints total[rows];
 #pragma GCC unroll 8
       for (int c = 0; c < rows; ++c) {
         first[c] = load_bytes<Bytes>(y.row(m + c) + at);
         second[c] = load_bytes<Bytes>(y.row(m + c) + at + kBytes);
-        total[c] = load(y.row_sums(m + c) + byte / 4);
+        total[c] = load_bytes<Ints>(y.row_sums(m + c) + byte / 4);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
@@ -168,11 +168,16 @@ struct Int4A8 {
         halves(load_bytes<Unsigned>(packed + (n + r) * bytes + byte, left), &low, &high);
         ask_ahead<count, kBytes>(packed + n * bytes, bytes, byte, r);
         const Vector by = by_group<group, whole>(scale + (n + r) * groups, g, groups);
-        const Vector origin = zeros ? by_group<group, whole>(zero + (n + r) * groups, g, groups) : 8 - Vector{};
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) {
-          const Ints exact = dot_nibbles(low, first[c], high, second[c]);
-          sums[r][c] += (__builtin_convertvector(exact, Vector) - origin * total[c]) * by;
+          const Ints start = zeros ? Ints{} : total[c] * -8;
+          const Ints exact = dot_nibbles(start, low, first[c], high, second[c]);
+          Vector value = __builtin_convertvector(exact, Vector);
+          if constexpr (zeros) {
+            const Vector origin = by_group<group, whole>(zero + (n + r) * groups, g, groups);
+            value -= origin * __builtin_convertvector(total[c], Vector);
+          }
+          sums[r][c] += value * by;
         }
       }
     };
