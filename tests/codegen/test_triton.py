@@ -23,7 +23,7 @@ def test_in_the_interpreter() -> None:
     counts = run_grid("triton_grid.py", TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", counts)
     assert passed, counts
-    assert int(passed[1]) > 250, counts
+    assert int(passed[1]) > 240, counts
 
 
 @pytest.mark.gpu
@@ -68,6 +68,20 @@ def test_built_it_needs_no_more_than_a_gpu_has(name: str, dtype: torch.dtype, ro
     for target, each in built.items():
         assert each.spills == 0, target
         assert each.shared <= build.TARGETS[target].shared, target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("name", ["gate and up", "residual"])
+def test_every_cut_fits(name: str, rows: int) -> None:
+    spec, target = SPECS[name], {"sm_90": build.TARGETS["sm_90"]}
+    fn = build.load("few_rows", few_rows.source(spec, rows)).kernel
+    for config in few_rows.configs(spec, rows, 4096, torch.bfloat16):
+        constants = few_rows.constants(spec, rows, 4096, (4096,), config)
+        types = few_rows.signature(spec, torch.bfloat16)
+        (built,) = build.build(fn, types, constants, config.warps, targets=target).values()
+        assert built.spills == 0, config
+        assert built.shared <= target["sm_90"].shared, config
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 16])

@@ -22,7 +22,7 @@ from sparsecc.runtime.ops.few_rows import Spec, few_rows_native, meaning
 run = launch.run if INTERPRETED else few_rows_native
 
 DTYPES = list(generator.DTYPES)
-ROWS = [(1,), (2,), (4,), (5,), (16,), (2, 1, 3)]
+ROWS = [(1,), (3,), (2, 1, 2), (5,), (16,)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 names = pytest.mark.parametrize("name", SPECS)
 
@@ -38,7 +38,7 @@ def test_as_near_to_fp64_as_aten(name: str, rows: tuple[int, ...], dtype: torch.
 @pytest.mark.parametrize("rows", [(1,), (3,), (16,)], ids=str)
 def test_more_features_than_a_tile(rows: tuple[int, ...], dtype: torch.dtype) -> None:
     for name in ("q, k, v", "everything"):
-        check(run, name, *(inputs(name, rows, 65, dtype, DEVICE, times=9) for _ in range(3)))
+        check(run, name, *(inputs(name, rows, 65, dtype, DEVICE, times=6) for _ in range(3)))
 
 
 @dtypes
@@ -52,7 +52,7 @@ def test_a_mean_that_is_large(rows: tuple[int, ...], dtype: torch.dtype) -> None
 @dtypes
 @pytest.mark.parametrize("rows", [(2,), (7,)], ids=str)
 def test_however_it_is_cut(rows: tuple[int, ...], dtype: torch.dtype) -> None:
-    case = inputs("everything", rows, 577, dtype, DEVICE, times=5)
+    case = inputs("everything", rows, 577, dtype, DEVICE, times=3)
     configs = launch.Problem.of(*case[:2], SPECS["everything"].text()).configs()
     assert len(configs) >= 3
     for config in configs:
