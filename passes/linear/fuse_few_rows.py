@@ -16,6 +16,7 @@ Pays   where reading the weights is the time: one pass over them for several pro
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -297,7 +298,7 @@ def _joined(region: Region, value: _Value, user: fx.Node, weights: WeightValues)
             if len(other.node.users) != 1:
                 return None
             sides.append(f"({other.text})")
-        elif is_number(side):
+        elif is_number(side) and math.isfinite(side):  # others have no text
             sides.append(repr(side))
         elif isinstance(side, fx.Node):
             kind = _kind(region, value, side, weights)

@@ -170,6 +170,7 @@ GROWN = {
     "the input itself": (lambda m, x: x * torch.sigmoid(m.b(x)), ["none | t0 * sigmoid(p0)"]),
     "two products of one input": (lambda m, x: m.a(x) + m.b(x), ["none | p0 + v0 + p1"]),
     "not what comes later": (lambda m, x: m.b(x) + torch.cos(m.a(x)), ["none | p0 | p1 + v0"]),
+    "not an infinite number": (lambda m, x: m.b(x) * float("inf"), ["none | p0"]),
     "not past another reader": (
         lambda m, x: (y := m.b(x)) + torch.relu(y),
         ["none | p0"],
