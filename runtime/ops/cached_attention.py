@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from sparsecc.runtime.ops.define import define
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -127,13 +129,5 @@ _SIGNATURE = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor positions, "
     "Tensor[] rotation, Tensor? mask, float scale, str kernel) -> Tensor"
 )
-_LIBRARY = torch.library.Library("sparsecc", "FRAGMENT")
-_LIBRARY.define("cached_attention" + _SIGNATURE)
-_LIBRARY.define("cached_attention_native" + _SIGNATURE)
-_LIBRARY.impl("cached_attention", meaning, "CompositeImplicitAutograd")
-torch.library.register_fake("sparsecc::cached_attention_native", _shapes, lib=_LIBRARY)
-
-# The operator as programs have it: wherever it is traced through, it is its meaning.
-cached_attention = torch.ops.sparsecc.cached_attention.default
-# The same by a generated kernel, on CPU, which ``codegen.cpp.cached_attention.load`` must have loaded.
-cached_attention_native = torch.ops.sparsecc.cached_attention_native.default
+# The second runs by a generated kernel, which on CPU ``codegen.cpp.cached_attention.load`` must have loaded.
+cached_attention, cached_attention_native = define("cached_attention", _SIGNATURE, meaning, _shapes)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sparsecc.runtime.ops import expressions, formats
+from sparsecc.runtime.ops.define import define
 from sparsecc.runtime.ops.formats import Format
 
 NORMS = ("none", "rms", "layer")
@@ -154,14 +155,6 @@ def _shapes(
 
 
 _SIGNATURE = "(Tensor x, Tensor[] weights, Tensor[] operands, str kernel) -> Tensor[]"
-_LIBRARY = torch.library.Library("sparsecc", "FRAGMENT")
-_LIBRARY.define("few_rows" + _SIGNATURE)
-_LIBRARY.define("few_rows_native" + _SIGNATURE)
-_LIBRARY.impl("few_rows", meaning, "CompositeImplicitAutograd")
-torch.library.register_fake("sparsecc::few_rows_native", _shapes, lib=_LIBRARY)
-
-# The operator as programs have it: wherever it is traced through, it is its meaning.
-few_rows = torch.ops.sparsecc.few_rows.default
-# The same by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec and of
-# x's dtype (float32 or bfloat16); on a GPU ``codegen.triton.launch`` builds it at the first call.
-few_rows_native = torch.ops.sparsecc.few_rows_native.default
+# The second runs by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec and
+# of x's dtype (float32 or bfloat16); on a GPU ``codegen.triton.launch`` builds it at the first call.
+few_rows, few_rows_native = define("few_rows", _SIGNATURE, meaning, _shapes)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from sparsecc.runtime.ops import expressions
+from sparsecc.runtime.ops.define import define
 
 DTYPES = ("x", "wide", "int8", "float8_e4m3fn")
 _OPERAND = re.compile(r"[tvs](0|[1-9][0-9]*)")
@@ -307,13 +308,5 @@ def _shapes(
 
 
 _SIGNATURE = "(Tensor[] tensors, Tensor[] vectors, Tensor[] scalars, str kernel) -> Tensor[]"
-_LIBRARY = torch.library.Library("sparsecc", "FRAGMENT")
-_LIBRARY.define("rows" + _SIGNATURE)
-_LIBRARY.define("rows_native" + _SIGNATURE)
-_LIBRARY.impl("rows", meaning, "CompositeImplicitAutograd")
-torch.library.register_fake("sparsecc::rows_native", _shapes, lib=_LIBRARY)
-
-# The operator as programs have it: wherever it is traced through, it is its meaning.
-rows = torch.ops.sparsecc.rows.default
-# The same by a generated kernel, on CPU: ``codegen.cpp.rows.load`` must have loaded that of the spec.
-rows_native = torch.ops.sparsecc.rows_native.default
+# The second runs by a generated kernel: on CPU by that of ``codegen.cpp.rows.load``, which must have been called.
+rows, rows_native = define("rows", _SIGNATURE, meaning, _shapes)
