@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsecc.codegen.triton import build, few_rows, launch
+from sparsecc.codegen.triton import build, cached_attention, few_rows, launch, launch_attention
 
-__all__ = ["build", "few_rows", "launch"]
+__all__ = ["build", "cached_attention", "few_rows", "launch", "launch_attention"]

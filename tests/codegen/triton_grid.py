@@ -9,59 +9,24 @@ from __future__ import annotations
 import threading
 
 import few_rows_cases
-import numpy as np
 import pytest
 import torch
-import triton
 from few_rows_cases import SIZES, SPECS, check, check_special_values, inputs
-from triton.language import bfloat16
+from triton_interpreter import DEVICE, INTERPRETED, bfloat16_as_on_a_gpu
 
 from sparsecc.codegen.triton import few_rows as generator
 from sparsecc.codegen.triton import launch
 from sparsecc.runtime.ops import expressions
 from sparsecc.runtime.ops.few_rows import Spec, few_rows_native, meaning
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cpu" if INTERPRETED else "cuda"
+__all__ = ["bfloat16_as_on_a_gpu"]  # a fixture of this module, too
+
 run = launch.run if INTERPRETED else few_rows_native
 
 DTYPES = list(generator.DTYPES)
 ROWS = [(1,), (2,), (4,), (5,), (16,), (2, 1, 3)]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 names = pytest.mark.parametrize("name", SPECS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _bfloat16_as_on_a_gpu():
-    """Triton's interpreter cuts float32 off where GPUs round it to bfloat16, and multiplies bfloat16's bits."""
-    if not INTERPRETED:
-        yield
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
-
-    def widened(data: np.ndarray) -> np.ndarray:
-        return (data.astype(np.uint32) << 16).view(np.float32)
-
-    def cast_impl(self, src, dst_type):
-        kinds = src.dtype.scalar, dst_type.scalar
-        if kinds == (bfloat16, triton.language.float32):
-            return TensorHandle(widened(src.data), dst_type.scalar)
-        if kinds == (triton.language.float32, bfloat16):
-            rounded = torch.from_numpy(np.array(src.data)).to(torch.bfloat16)
-            return TensorHandle(rounded.view(torch.uint16).numpy(), bfloat16)
-        return cast(self, src, dst_type)
-
-    def create_dot(self, a, b, d, *rest):
-        if a.dtype.scalar == bfloat16:
-            a, b = (TensorHandle(widened(t.data), triton.language.float32) for t in (a, b))
-        return dot(self, a, b, d, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
-        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
-        yield
 
 
 @dtypes

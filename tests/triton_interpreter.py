@@ -1,0 +1,47 @@
+"""Where generated Triton runs in a test: in Triton's interpreter, or on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+import triton
+from triton.language import bfloat16
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def bfloat16_as_on_a_gpu() -> Iterator[None]:
+    """Triton's interpreter cuts float32 off where GPUs round it to bfloat16, and multiplies bfloat16's bits."""
+    if not INTERPRETED:
+        yield
+        return
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def widened(data: np.ndarray) -> np.ndarray:
+        return (data.astype(np.uint32) << 16).view(np.float32)
+
+    def cast_impl(self, src, dst_type):
+        kinds = src.dtype.scalar, dst_type.scalar
+        if kinds == (bfloat16, triton.language.float32):
+            return TensorHandle(widened(src.data), dst_type.scalar)
+        if kinds == (triton.language.float32, bfloat16):
+            rounded = torch.from_numpy(np.array(src.data)).to(torch.bfloat16)
+            return TensorHandle(rounded.view(torch.uint16).numpy(), bfloat16)
+        return cast(self, src, dst_type)
+
+    def create_dot(self, a, b, d, *rest):
+        if a.dtype.scalar == bfloat16:
+            a, b = (TensorHandle(widened(t.data), triton.language.float32) for t in (a, b))
+        return dot(self, a, b, d, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", cast_impl)
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        yield
