@@ -56,6 +56,8 @@ def configs(spec: Spec, tokens: int, dtype: torch.dtype) -> list[Config]:
         cuts = [(tile, 8, 1), (2 * tile, 8, 1), (tile, 4, 1)]
     else:
         cuts = [(2 * tile, 4, 2), (4 * tile, 4, 2), (2 * tile, 4, 3), (2 * tile, 8, 2)]
+        if tile < _LEAST_DOT:  # wide rows take the registers of more warps
+            cuts = [(2 * tile, 8, 2), (4 * tile, 8, 2), (2 * tile, 8, 1)]
     found = [Config(min(max(s, 16), 128), warps, stages) for s, warps, stages in cuts]
     return list(dict.fromkeys(found))
 

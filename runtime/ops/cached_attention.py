@@ -135,5 +135,6 @@ torch.library.register_fake("sparsecc::cached_attention_native", _shapes, lib=_L
 
 # The operator as programs have it: wherever it is traced through, it is its meaning.
 cached_attention = torch.ops.sparsecc.cached_attention.default
-# The same by a generated kernel, on CPU, which ``codegen.cpp.cached_attention.load`` must have loaded.
+# The same by a generated kernel: on CPU ``codegen.cpp.cached_attention.load`` must have loaded the spec's;
+# on GPUs ``codegen.triton.launch_attention`` makes it, and a position outside the cache is not written, unseen.
 cached_attention_native = torch.ops.sparsecc.cached_attention_native.default

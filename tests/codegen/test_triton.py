@@ -17,9 +17,16 @@ from sparsecc.codegen.triton import build, few_rows
 pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
 
-def run_grid(**environment: str) -> str:
-    """``triton_grid.py`` in a process of its own; the last line of pytest's words."""
-    path = pathlib.Path(__file__).with_name("triton_grid.py")
+GRIDS = {
+    "triton_grid.py": 250,
+    "triton_attention_grid.py": 300,
+}  # and how many tests are in it, at least
+grids = pytest.mark.parametrize("grid", GRIDS)
+
+
+def run_grid(grid: str, **environment: str) -> str:
+    """A file of tests in a process of its own; the last line of pytest's words."""
+    path = pathlib.Path(__file__).with_name(grid)
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
         cwd=path.parents[2],
@@ -33,17 +40,19 @@ def run_grid(**environment: str) -> str:
 
 
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    counts = run_grid(TRITON_INTERPRET="1")
+@grids
+def test_in_the_interpreter(grid: str) -> None:
+    counts = run_grid(grid, TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", counts)
     assert passed, counts
-    assert int(passed[1]) > 250, counts
+    assert int(passed[1]) > GRIDS[grid], counts
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_on_a_gpu() -> None:
-    counts = run_grid(TRITON_INTERPRET="0")
+@grids
+def test_on_a_gpu(grid: str) -> None:
+    counts = run_grid(grid, TRITON_INTERPRET="0")
     assert "skipped" not in counts, counts
 
 
