@@ -56,6 +56,23 @@ def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
     return {"cpp": Variant(native, "cpp", str(load().with_suffix(".cpp")))}
 
 
+def _triton(native: Any, launch: Any, problem: Any) -> dict[str, Variant]:
+    """One variant for each cut of ``problem``, which is of the module ``launch``."""
+    source = str(problem.module().__file__)
+
+    def cut(config: Any) -> Variant:
+        def keep() -> None:
+            launch.choose(problem, config)
+
+        def call(*args: Any) -> Any:
+            keep()
+            return native(*args)
+
+        return Variant(call, "triton", source, keep)
+
+    return {f"triton {config}": cut(config) for config in problem.configs()}
+
+
 # ---- few rows --------------------------------------------------------------------------------------
 
 
@@ -73,20 +90,8 @@ def _few_rows_kernels(args: Args) -> dict[str, Variant]:
         return _cpp(few_rows.few_rows_native, lambda: cpp.few_rows.load(spec, x.dtype))
     if why := triton.build.available():
         raise BuildError(why)
-    problem = triton.launch.Problem.of(x, weights, text)
-    source = str(problem.module().__file__)
-
-    def cut(config: triton.few_rows.Config) -> Variant:
-        def keep() -> None:
-            triton.launch.choose(problem, config)
-
-        def call(*args: Any) -> Any:
-            keep()
-            return few_rows.few_rows_native(*args)
-
-        return Variant(call, "triton", source, keep)
-
-    return {f"triton {config}": cut(config) for config in problem.configs()}
+    launch = triton.launch
+    return _triton(few_rows.few_rows_native, launch, launch.Problem.of(x, weights, text))
 
 
 # ---- attention over a cache ------------------------------------------------------------------------
@@ -99,11 +104,15 @@ def _attention_words(args: Args) -> tuple[str, str]:
 
 
 def _attention_kernels(args: Args) -> dict[str, Variant]:
-    if args[0].device.type != "cpu":
-        raise BuildError(f"cached attention has no kernel on {args[0].device.type}")
-    spec = cached_attention.Spec.of(args[-1])
+    q, mask, text = args[0], args[7], args[-1]
     native = cached_attention.cached_attention_native
-    return _cpp(native, lambda: cpp.cached_attention.load(spec))
+    if q.device.type == "cpu":
+        spec = cached_attention.Spec.of(text)
+        return _cpp(native, lambda: cpp.cached_attention.load(spec))
+    if why := triton.build.available():
+        raise BuildError(why)
+    launch = triton.launch_attention
+    return _triton(native, launch, launch.Problem.of(q, mask, text))
 
 
 def _attention_meaning(*args: Any) -> torch.Tensor:

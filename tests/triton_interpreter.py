@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 
 
 @pytest.fixture(autouse=True, scope="module")
-def as_on_a_gpu():
+def as_on_a_gpu() -> Iterator[None]:
     """Triton's interpreter cuts float32 off where GPUs round it to bfloat16, and multiplies bfloat16's bits."""
     if not INTERPRETED:
         yield

@@ -2,6 +2,22 @@
 
 from __future__ import annotations
 
-from sparsecc.codegen.triton import build, few_rows, launch, launch_rows, rows
+from sparsecc.codegen.triton import (
+    build,
+    cached_attention,
+    few_rows,
+    launch,
+    launch_attention,
+    launch_rows,
+    rows,
+)
 
-__all__ = ["build", "few_rows", "launch", "launch_rows", "rows"]
+__all__ = [
+    "build",
+    "cached_attention",
+    "few_rows",
+    "launch",
+    "launch_attention",
+    "launch_rows",
+    "rows",
+]

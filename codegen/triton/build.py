@@ -13,7 +13,7 @@ import pathlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -108,6 +108,7 @@ def build(
     num_warps: int = 4,
     num_stages: int = 1,
     targets: Mapping[str, Target] = TARGETS,
+    multiples: Collection[str] = (),
 ) -> dict[str, Built]:
     """Build ``fn`` for each of ``targets``; no GPU is needed, and none is asked.
 
@@ -116,12 +117,15 @@ def build(
         signature: each argument's type in Triton's words ("*bf16", "i32", "constexpr"). Pointers are taken
             for aligned to 16 bytes, as PyTorch's allocations are, and so as the JIT would build it.
         constants: the value of each "constexpr".
+        multiples: numbers to be taken for multiples of 16, as the JIT finds most strides to be.
 
     Raises:
         BuildError: it does not compile for one of them; the message names which.
     """
     return {
-        name: _build(fn, dict(signature), dict(constants), num_warps, num_stages, name, target)
+        name: _build(
+            fn, dict(signature), dict(constants), num_warps, num_stages, name, target, multiples
+        )
         for name, target in targets.items()
     }
 
@@ -134,15 +138,18 @@ def _build(
     num_stages: int,
     name: str,
     target: Target,
+    multiples: Collection[str],
 ) -> Built:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
-    source = ASTSource(
-        fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in pointers}
-    )
+    known = [
+        i
+        for i, (argument, kind) in enumerate(signature.items())
+        if kind.startswith("*") or argument in multiples
+    ]
+    source = ASTSource(fn, signature, constants, {(i,): [["tt.divisibility", 16]] for i in known})
     try:
         made = triton.compile(
             source,

@@ -88,10 +88,14 @@ def run(
     given.update((f"o{i}", operand.contiguous()) for i, operand in enumerate(operands))
     given.update((f"out{j}", output) for j, output in enumerate(outputs))
     given["x"] = x.contiguous()
-    # Triton launches on the current device, which need not be x's.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device(x):
         launch(given)
     return outputs
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where to launch: Triton does on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @functools.cache

@@ -4,8 +4,9 @@ Law.   softmax(s · R(q) K'ᵀ + m) V' in one operator, where K' is the cache of
        positions of the new tokens, and V' that of values with v.
 Source Vaswani et al., "Attention Is All You Need" (2017), eq. 1; Su et al., "RoFormer" (2021), eq. 34; pieces
        of the softmax are put together by Milakov and Gimelshein (2018), eq. 4.
-Legal  in inference, in float32, for a few new tokens. Nothing else writes the cache or reads it between the
-       write and the attention. The rotation goes along where q and k are turned by the same angles.
+Legal  in inference, in float32 (on GPUs in half precision too), for a few new tokens. Nothing else writes the
+       cache or reads it between the write and the attention. The rotation goes along where q and k are
+       turned by the same angles.
 Exact  in real arithmetic. Keys and values that the mask excludes are not read: a NaN there does not spread.
 Pays   the cache is read once, where it lies: spelled out, it is copied for every query head that shares a
        head of it, and a dozen small operators surround the product. Kernel or Inductor: by measurement.
@@ -29,6 +30,10 @@ from sparsecc.runtime.ops.cached_attention import Spec, cached_attention, meanin
 aten = torch.ops.aten
 
 MOST_TOKENS = 16  # above, the products are large enough for the libraries
+_DTYPES = {
+    "cpu": {torch.float32},
+    "cuda": {torch.float32, torch.bfloat16, torch.float16},
+}
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class FuseCachedAttention(Pass):
     refusals: ClassVar[dict[str, str]] = {
         "training": "gradients flow, and the operator has no backward",
         "tokens": f"more than {MOST_TOKENS} new tokens, or sizes that are not known",
-        "dtype": "something is not float32 on a CPU, or the mask is neither bool nor float32",
+        "dtype": "not all float32 on a CPU, or float32, bfloat16 or float16 on a GPU; or the mask neither bool "
+        "nor float32 nor of that dtype",
         "options": "dropout, or a causal mask by flag",
         "layout": "the features of the cache are not contiguous",
         "written": "something that the operator reads is written in place, or the cache is written twice",
@@ -303,10 +309,14 @@ def _mismatch(found: Attention) -> str:
     floats = [q, found.node.meta["val"], *caches]
     floats += [new.meta["val"] for new in (found.k.new, found.v.new)]
     floats += [angle.meta["val"] for angle in found.rotation]
-    if not all(t.dtype is torch.float32 and t.device.type == "cpu" for t in floats):
+    alike = all((t.dtype, t.device) == (q.dtype, q.device) for t in floats)
+    if not alike or q.dtype not in _DTYPES.get(q.device.type, ()):
         return "dtype"
     mask = None if found.mask is None else found.mask.meta["val"]
-    if mask is not None and mask.dtype not in (torch.bool, torch.float32):
+    if mask is not None and mask.dtype not in (torch.bool, torch.float32, q.dtype):
+        return "dtype"
+    rest = [found.k.positions.meta["val"], *([] if mask is None else [mask])]
+    if not all(t.device == q.device for t in rest):
         return "dtype"
     if not all(same_size(cache.stride(-1), 1) for cache in caches):
         return "layout"

@@ -1,4 +1,4 @@
-"""How an operator of ``sparsecc::`` is registered: as its meaning, and as a twin that a generated kernel runs."""
+"""How an operator of ``sparsecc::`` is registered: as its meaning, and as a twin that kernels run."""
 
 from __future__ import annotations
 

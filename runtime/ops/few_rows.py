@@ -155,6 +155,6 @@ def _shapes(
 
 
 _SIGNATURE = "(Tensor x, Tensor[] weights, Tensor[] operands, str kernel) -> Tensor[]"
-# The second runs by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec and
-# of x's dtype (float32 or bfloat16); on a GPU ``codegen.triton.launch`` builds it at the first call.
+# The second runs by a generated kernel. On CPU ``codegen.cpp.few_rows.load`` must have loaded that of the spec
+# and of x's dtype (float32 or bfloat16); on a GPU ``codegen.triton.launch`` builds it at the first call.
 few_rows, few_rows_native = define("few_rows", _SIGNATURE, meaning, _shapes)

@@ -308,5 +308,5 @@ def _shapes(
 
 
 _SIGNATURE = "(Tensor[] tensors, Tensor[] vectors, Tensor[] scalars, str kernel) -> Tensor[]"
-# The second runs by a generated kernel: on CPU by that of ``codegen.cpp.rows.load``, which must have been called.
+# The second runs by a generated kernel, which on CPU ``codegen.cpp.rows.load`` must have loaded.
 rows, rows_native = define("rows", _SIGNATURE, meaning, _shapes)

@@ -18,18 +18,27 @@ from sparsecc.proof import compare
 pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
 
+GRIDS = {
+    "triton_grid.py": 250,
+    "triton_attention_grid.py": 300,
+}  # and how many tests are in it, at least
+grids = pytest.mark.parametrize("grid", GRIDS)
+
+
 @pytest.mark.slow
-def test_in_the_interpreter() -> None:
-    counts = run_grid("triton_grid.py", TRITON_INTERPRET="1")
+@grids
+def test_in_the_interpreter(grid: str) -> None:
+    counts = run_grid(grid, TRITON_INTERPRET="1")
     passed = re.search(r"(\d+) passed", counts)
     assert passed, counts
-    assert int(passed[1]) > 240, counts
+    assert int(passed[1]) > GRIDS[grid], counts
 
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_on_a_gpu() -> None:
-    counts = run_grid("triton_grid.py", TRITON_INTERPRET="0")
+@grids
+def test_on_a_gpu(grid: str) -> None:
+    counts = run_grid(grid, TRITON_INTERPRET="0")
     assert "skipped" not in counts, counts
 
 

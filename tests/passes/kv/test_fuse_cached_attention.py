@@ -7,11 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from support import randomise, refusals, run
+from support import capture, randomise, refusals, run
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
+from sparsecc import pipeline
+from sparsecc.options import Options
 from sparsecc.proof import compare
+from sparsecc.report.model import GraphReport
+from sparsecc.runtime.ops.cached_attention import cached_attention
 
 NAME = "fuse-cached-attention"
 ONLY = {"passes": [NAME]}
@@ -33,7 +38,8 @@ class Decoder(nn.Module):
         return x.view(*x.shape[:2], -1, SIZE).transpose(1, 2)
 
     def angles(self, positions):
-        frequencies = 10 ** -torch.arange(0, 1, 2 / SIZE, dtype=self.q.weight.dtype)
+        like = {"dtype": self.q.weight.dtype, "device": self.q.weight.device}
+        frequencies = 10 ** -torch.arange(0, 1, 2 / SIZE, **like)
         angles = positions[:, None] * frequencies
         angles = torch.cat([angles, angles], -1)[None, None]
         return angles.cos(), angles.sin()
@@ -56,7 +62,9 @@ class Decoder(nn.Module):
         return F.scaled_dot_product_attention(q, self.every(k), self.every(v), mask, **gqa)
 
     def mask(self, keys, positions):
-        return (torch.arange(keys.shape[2])[None] <= positions[:, None])[None, None]
+        return (torch.arange(keys.shape[2], device=keys.device)[None] <= positions[:, None])[
+            None, None
+        ]
 
     def forward(self, x, keys, values, positions):
         q, k, v = self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
@@ -298,3 +306,51 @@ def test_returned_caches_are_the_inputs() -> None:
         (_, keys), report = run(model, *args, codegen="cpp", **ONLY)
     assert report[NAME].applied == 1
     assert keys.data_ptr() == args[1].data_ptr()
+
+
+# ---- on GPUs, as far as that is decided without one ----------------------------------------------------
+
+
+class WithoutIndexing(Decoder):
+    """Where PyTorch has no CUDA, not even fake tensors can be indexed."""
+
+    def mask(self, keys, positions):
+        places = torch.arange(keys.shape[2], device=keys.device).unsqueeze(0)
+        return (places <= positions.unsqueeze(1)).unsqueeze(0).unsqueeze(0)
+
+
+def on_cuda(dtype: torch.dtype, cache: torch.dtype) -> tuple[int, list[str]]:
+    """How many regions a decoder on a GPU that is not here has, and why others are none."""
+    options, record = Options.parse({**ONLY, "codegen": "triton"}), GraphReport(0)
+    model = WithoutIndexing(groups=1, rotary=False).eval()
+
+    def fake(real: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_like(real, device="cuda", dtype=dtype)
+
+    x, keys, values, positions = inputs()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for layer in (model.q, model.k, model.v, model.out):
+            layer.weight = nn.Parameter(fake(layer.weight, dtype))
+            layer.bias = nn.Parameter(fake(layer.bias, dtype))
+        caches = fake(keys, cache), fake(values, cache)
+        program = capture(model, fake(x, dtype), *caches, fake(positions, torch.int64))
+        pipeline.run(program, options, record)
+        regions = list(program.calls(cached_attention))
+    return len(regions), [r.code for r in record.passes[NAME].refusals]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_takes_half_precision_too(dtype: torch.dtype) -> None:
+    assert on_cuda(dtype, dtype) == (1, [])
+
+
+def test_other_dtypes_are_refused_on_a_gpu() -> None:
+    assert on_cuda(torch.float64, torch.float64) == (0, ["dtype"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_refused_on_a_cpu(dtype: torch.dtype) -> None:
+    model = randomise(Decoder()).eval().to(dtype)
+    with torch.no_grad():
+        _, report = run(model, *own(inputs(), dtype), codegen="cpp", **ONLY)
+    assert refusals(report, NAME) == ["dtype"]
