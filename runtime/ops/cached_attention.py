@@ -129,6 +129,6 @@ _SIGNATURE = (
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) keys, Tensor(b!) values, Tensor positions, "
     "Tensor[] rotation, Tensor? mask, float scale, str kernel) -> Tensor"
 )
-# The second runs by a generated kernel: on CPU ``codegen.cpp.cached_attention.load`` must have loaded the spec's;
+# The second runs by a generated kernel: on CPU ``codegen.cpp.cached_attention.load`` must have loaded it;
 # on GPUs ``codegen.triton.launch_attention`` makes it, and a position outside the cache is not written, unseen.
 cached_attention, cached_attention_native = define("cached_attention", _SIGNATURE, meaning, _shapes)
