@@ -55,9 +55,9 @@ def configs(spec: Spec, tokens: int, dtype: torch.dtype) -> list[Config]:
     elif dtype is torch.float32:
         cuts = [(tile, 8, 1), (2 * tile, 8, 1), (tile, 4, 1)]
     else:
-        cuts = [(2 * tile, 4, 2), (4 * tile, 4, 2), (2 * tile, 4, 3), (2 * tile, 8, 2)]
-        if tile < _LEAST_DOT:  # wide rows take the registers of more warps
-            cuts = [(2 * tile, 8, 2), (4 * tile, 8, 2), (2 * tile, 8, 1)]
+        cuts = [(2 * tile, 8, 2), (2 * tile, 4, 1), (2 * tile, 4, 2), (4 * tile, 8, 2)]
+        if _row_block(spec, tokens * spec.groups) > _LEAST_DOT:  # what does not spill first
+            cuts = [cuts[1], cuts[0], *cuts[2:]]
     found = [Config(min(max(s, 16), 128), warps, stages) for s, warps, stages in cuts]
     return list(dict.fromkeys(found))
 

@@ -30,7 +30,7 @@ def built(fn, names: list[str], constants: dict, dtype: torch.dtype, mask: str, 
 
 @pytest.mark.slow
 @dtypes
-@pytest.mark.parametrize(("tokens", "mask"), [(1, "added"), (16, "bool")])
+@pytest.mark.parametrize(("tokens", "mask"), [(1, "added"), (4, "added"), (16, "bool")])
 @pytest.mark.parametrize("name", BUILT)
 def test_built_it_needs_no_more_than_a_gpu_has(
     name: str, tokens: int, mask: str, dtype: torch.dtype
@@ -40,10 +40,11 @@ def test_built_it_needs_no_more_than_a_gpu_has(
     module = build.load("cached_attention", generator.source(spec, tokens, mask))
     cut = generator.configs(spec, tokens, dtype)[0]
     names, constants = generator.attend_arguments(spec, mask), generator.constants(cut)
-    # Sixteen rows of 256 float32 are more than registers hold.
-    fits = not (name == "large" and tokens == 16 and dtype is torch.float32)
+    # Sixteen rows of 256 float32 are more than registers hold; in half precision ptxas gives up a few for
+    # the sake of more programs at once.
+    most = 0 if name != "large" or tokens == 1 else 1024 if dtype is torch.float32 else 16
     for target, each in built(module.attend, names, constants, dtype, mask, cut.warps).items():
-        assert each.spills == 0 or not fits, target
+        assert each.spills <= most, target
         assert each.shared <= build.TARGETS[target].shared, target
 
 
