@@ -125,9 +125,14 @@ inline void attend(const CachedAttention& call, const float* query, const float*
     for (int64_t i = 0; i < 1 + kValueSize; ++i) out[1 + i] = 0;
     return;
   }
-  float total = 0;
-  for (j = 0; j < live; ++j) total += scores[j] = std::exp(scores[j] - largest);
-  out[1] = total;
+  Vector sums = {};
+  for (j = 0; j + kLanes <= live; j += kLanes) {
+    const Vector weights = sparsecc::exp(load(scores + j) - largest);
+    std::memcpy(scores + j, &weights, sizeof weights);
+    sums += weights;
+  }
+  out[1] = sum(sums);
+  for (; j < live; ++j) out[1] += scores[j] = std::exp(scores[j] - largest);
   weighted_values(scores, values, call.values.token, index, live, out + 2);
 }
 

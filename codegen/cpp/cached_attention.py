@@ -35,7 +35,7 @@ def source(spec: Spec) -> str:
 #include <vector>
 
 {operators.text_of("cached_attention.h")}
-{operators.text_of("vector.h")}
+{operators.text_of("vector.h", "functions.h")}
 namespace {{
 
 constexpr int64_t kSize = {spec.size}, kValueSize = {spec.value_size}, kGroups = {spec.groups};
