@@ -37,7 +37,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eager": {},
     "inductor": {"backend": "inductor"},
     "freezing": {"backend": "inductor"},
-    "aten": {"backend": "sparsecc"},
     "sparsecc": {"backend": "sparsecc", "options": {"codegen": "auto"}},
 }
 
