@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from sparsecc import _torch
 from sparsecc.codegen import cpp, triton
 from sparsecc.errors import BuildError
-from sparsecc.runtime.ops import cached_attention, few_rows
+from sparsecc.runtime.ops import cached_attention, few_rows, rows
 
 Call = Callable[..., Any]
 Args = tuple[Any, ...]  # of a call, with fake tensors; the last one is the text of a spec
@@ -54,6 +57,28 @@ class Kind:
 
 def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
     return {"cpp": Variant(native, "cpp", str(load().with_suffix(".cpp")))}
+
+
+def compiled(operator: Any) -> Call:
+    """``operator`` as Inductor compiles its meaning by itself, once for each kind of arguments."""
+    known: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, structure = tree_flatten(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = (args[-1], *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        if key not in known:
+            graph = fx.Graph()
+            nodes = [
+                graph.placeholder(f"x{i}") if isinstance(leaf, torch.Tensor) else leaf
+                for i, leaf in enumerate(leaves)
+            ]
+            graph.output(graph.call_function(operator, tree_unflatten(nodes, structure)))
+            module = fx.GraphModule(torch.nn.Module(), graph)
+            known[key] = _torch.inductor_alone(module, tensors)
+        return known[key](*tensors)
+
+    return call
 
 
 # ---- few rows --------------------------------------------------------------------------------------
@@ -113,6 +138,27 @@ def _attention_meaning(*args: Any) -> torch.Tensor:
     return cached_attention.meaning(*plain)
 
 
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+def _rows_words(args: Args) -> tuple[str, str]:
+    tensors, *_, text = args
+    spec = rows.Spec.of(text)
+    region = "; ".join([*spec.statements, " | ".join(output.text for output in spec.outputs)])
+    return region, str(list(tensors[0].shape))
+
+
+def _rows_kernels(args: Args) -> dict[str, Variant]:
+    x, text = args[0][0], args[-1]
+    spec = rows.Spec.of(text)
+    if x.device.type == "cpu":
+        return _cpp(rows.rows_native, lambda: cpp.rows.load(spec, x.dtype))
+    if why := triton.build.available():
+        raise BuildError(why)
+    source = str(triton.build.load("rows", triton.rows.source(spec, x.shape[-1])).__file__)
+    return {"triton": Variant(rows.rows_native, "triton", source)}
+
+
 KINDS: Mapping[Any, Kind] = {
     few_rows.few_rows: Kind(
         few_rows.few_rows_native, _few_rows_words, _few_rows_kernels, few_rows.meaning
@@ -123,4 +169,5 @@ KINDS: Mapping[Any, Kind] = {
         _attention_kernels,
         _attention_meaning,
     ),
+    rows.rows: Kind(rows.rows_native, _rows_words, _rows_kernels, compiled(rows.rows)),
 }
