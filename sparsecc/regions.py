@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
@@ -57,28 +58,6 @@ class Kind:
 
 def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
     return {"cpp": Variant(native, "cpp", str(load().with_suffix(".cpp")))}
-
-
-def compiled(operator: Any) -> Call:
-    """``operator`` as Inductor compiles its meaning by itself, once for each kind of arguments."""
-    known: dict[Any, Callable[..., Any]] = {}
-
-    def call(*args: Any) -> Any:
-        leaves, structure = tree_flatten(args)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        key = (args[-1], *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
-        if key not in known:
-            graph = fx.Graph()
-            nodes = [
-                graph.placeholder(f"x{i}") if isinstance(leaf, torch.Tensor) else leaf
-                for i, leaf in enumerate(leaves)
-            ]
-            graph.output(graph.call_function(operator, tree_unflatten(nodes, structure)))
-            module = fx.GraphModule(torch.nn.Module(), graph)
-            known[key] = _torch.inductor_alone(module, tensors)
-        return known[key](*tensors)
-
-    return call
 
 
 # ---- few rows --------------------------------------------------------------------------------------
@@ -159,6 +138,30 @@ def _rows_kernels(args: Args) -> dict[str, Variant]:
     return {"triton": Variant(rows.rows_native, "triton", source)}
 
 
+def _rows_compiled() -> Call:
+    """The meaning as Inductor compiles it by itself, once for each kind of arguments: it fuses such regions."""
+    known: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, structure = tree_flatten(args)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        key = (args[-1], *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        if key not in known:
+            graph = fx.Graph()
+            nodes = [
+                graph.placeholder(f"x{i}") if isinstance(leaf, torch.Tensor) else leaf
+                for i, leaf in enumerate(leaves)
+            ]
+            results = graph.call_function(rows.rows, tree_unflatten(nodes, structure))
+            count = len(rows.Spec.of(args[-1]).outputs)
+            graph.output(tuple(graph.call_function(getitem, (results, j)) for j in range(count)))
+            module = fx.GraphModule(torch.nn.Module(), graph)
+            known[key] = _torch.inductor_alone(module, tensors)
+        return known[key](*tensors)
+
+    return call
+
+
 KINDS: Mapping[Any, Kind] = {
     few_rows.few_rows: Kind(
         few_rows.few_rows_native, _few_rows_words, _few_rows_kernels, few_rows.meaning
@@ -169,5 +172,5 @@ KINDS: Mapping[Any, Kind] = {
         _attention_kernels,
         _attention_meaning,
     ),
-    rows.rows: Kind(rows.rows_native, _rows_words, _rows_kernels, compiled(rows.rows)),
+    rows.rows: Kind(rows.rows_native, _rows_words, _rows_kernels, _rows_compiled()),
 }
