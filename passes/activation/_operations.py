@@ -53,6 +53,7 @@ _VARIANCES = frozenset({aten.var.correction, aten.var.dim, aten.std.correction, 
 _DEVIATIONS = frozenset({aten.std.correction, aten.std.dim})
 _BOTH = frozenset({aten.var_mean.correction, aten.var_mean.dim})
 _MOST = 8  # of the exponents that are products
+_DEEPEST = 12  # calls and operators within one another in one line
 
 
 class Terms:
@@ -71,7 +72,7 @@ class Terms:
         return self._found[key]
 
     def written(self, wanted: Iterable[int]) -> tuple[tuple[str, ...], dict[int, str]]:
-        """Statements, and the texts of ``wanted`` over them: what is read twice is a statement."""
+        """Statements, and the texts of ``wanted`` over them: what is read twice, or deep, is a statement."""
         results = list(dict.fromkeys(wanted))
         needed = set(results)
         for term in reversed(range(len(self._terms))):
@@ -79,16 +80,19 @@ class Terms:
                 needed.update(self._terms[term][1])
         reads = Counter([part for term in needed for part in self._terms[term][1]] + results)
         texts: dict[int, str] = {}
+        depth: dict[int, int] = {}
         statements: list[str] = []
         for term in sorted(needed):
             form, parts = self._terms[term]
             if not parts:
-                texts[term] = form
+                texts[term], depth[term] = form, 0
                 continue
+            depth[term] = 1 + max(depth[part] for part in parts)
             text = form.format(*(f"({texts[part]})" for part in parts))
             text = ast.unparse(ast.parse(text, mode="eval"))  # without needless brackets
             texts[term] = text
-            if reads[term] > 1:
+            if reads[term] > 1 or depth[term] > _DEEPEST:
+                depth[term] = 0
                 texts[term] = f"y{len(statements)}"
                 statements.append(f"{texts[term]} = {text}")
         return tuple(statements), {term: texts[term] for term in results}

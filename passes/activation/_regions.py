@@ -53,8 +53,10 @@ class Region:
 
     @property
     def inside(self) -> set[fx.Node]:
+        """The values, and what they take apart where nothing else does."""
+        nodes = {v.node for v in self.values}
         hidden = {v.operation.hidden for v in self.values if v.operation.hidden is not None}
-        return {v.node for v in self.values} | hidden
+        return nodes | {node for node in hidden if nodes.issuperset(readers(node))}
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -76,7 +78,8 @@ class Region:
     @property
     def first_reader(self) -> fx.Node | None:
         inside = self.inside
-        return min((u for n in inside for u in readers(n) if u not in inside), default=None)
+        users = (u for v in self.values for u in readers(v.node))
+        return min((u for u in users if u not in inside), default=None)
 
     def place(self, moved: Mapping[fx.Node, fx.Node]) -> bool:
         """Put it behind all that it reads, and say whether its readers stand behind that.
@@ -179,10 +182,13 @@ def _pointwise(node: fx.Node, step: Operation, found: dict[fx.Node, Value]) -> V
     if not same_shape(shape, {"row": rows, "one": (*rows[:-1], 1), "flat": rows[:-1]}[kind]):
         return None
     for each in step.inputs:
-        if kind == "flat" or (kind == "one" and each in found):
-            if found[each].kind != kind or not same_shape(found[each].rows, rows):
-                return None
-        elif _operand(each.meta["val"], rows) not in (("s",) if kind == "one" else ("t", "v", "s")):
+        other = found.get(each)
+        if other is not None and other.kind == kind and same_shape(other.rows, rows):
+            continue
+        if kind == "flat":
+            return None
+        # A number of other rows is an operand like any.
+        if _operand(each.meta["val"], rows) not in (("s",) if kind == "one" else ("t", "v", "s")):
             return None
     return Value(node, step, kind, rows)
 

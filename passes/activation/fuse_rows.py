@@ -38,14 +38,14 @@ from sparsecc.runtime.ops.rows import (
     Output,
     Spec,
     meaning,
-    result_dtype,
-    result_shape,
     rows,
+    rows_native,
 )
 
 aten = torch.ops.aten
 
 LEAST = 4  # operators: fewer are no region
+MOST = 256  # operators: more would take a compiler too long
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _DEVICES = frozenset({"cpu", "cuda"})
 
@@ -66,6 +66,7 @@ class FuseRows(Pass):
         "training": "gradients flow, and the kernels have no backward",
         "dtype": "the rows are not float32, bfloat16 or float16 on a CPU or GPU",
         "size": "the length of the rows is not known",
+        "large": f"more than {MOST} operators, which would take long to compile",
         "plain": "one norm or softmax, which Inductor compiles as well",
         "layout": "what is read outside is not contiguous",
         "written": "something that the operator reads or makes is written in place",
@@ -91,6 +92,8 @@ class FuseRows(Pass):
             return Refusal.at(match.node, "dtype", f"{words['dtype']}: {x.dtype}, {x.device.type}")
         if not isinstance(region.rows[-1], int):
             return Refusal.at(match.node, "size", words["size"])
+        if len(region.inside) > MOST:
+            return Refusal.at(match.node, "large", f"{words['large']}: {len(region.inside)}")
         if region.statistics < 2 or region.spec == _softmax():
             return Refusal.at(match.node, "plain", words["plain"])
         match.note = "; ".join([*region.spec.statements, *(o.text for o in region.spec.outputs)])
@@ -107,15 +110,8 @@ class FuseRows(Pass):
         }
         for kind in "vs":
             operands[kind] = [self._trim(node, anchor, context) for node in operands[kind]]
-        spec = Spec.of(region.spec.text())
-        x: Any = operands["t"][0].meta["val"]
-        values = [
-            x.new_empty(
-                result_shape(output, step, region.rows), dtype=result_dtype(output, x.dtype)
-            )
-            for output, step in zip(spec.outputs, spec.results, strict=True)
-        ]
-        args = (operands["t"], operands["v"], operands["s"], spec.text())
+        args = (operands["t"], operands["v"], operands["s"], region.spec.text())
+        values = program.fake(rows_native, args, {})  # their shapes alone
         fused = program.call(
             rows, args, like=match.node, origin=self.name, before=anchor, val=values
         )
