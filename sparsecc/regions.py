@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 
 from sparsecc import _torch
 from sparsecc.codegen import cpp, triton
@@ -143,16 +143,16 @@ def _rows_compiled() -> Call:
     known: dict[Any, Callable[..., Any]] = {}
 
     def call(*args: Any) -> Any:
-        leaves, structure = tree_flatten(args)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         key = (args[-1], *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
         if key not in known:
             graph = fx.Graph()
-            nodes = [
-                graph.placeholder(f"x{i}") if isinstance(leaf, torch.Tensor) else leaf
-                for i, leaf in enumerate(leaves)
-            ]
-            results = graph.call_function(rows.rows, tree_unflatten(nodes, structure))
+
+            def placeholder(leaf: Any) -> Any:
+                is_tensor = isinstance(leaf, torch.Tensor)
+                return graph.placeholder(f"x{len(graph.nodes)}") if is_tensor else leaf
+
+            results = graph.call_function(rows.rows, tree_map(placeholder, args))
             count = len(rows.Spec.of(args[-1]).outputs)
             graph.output(tuple(graph.call_function(getitem, (results, j)) for j in range(count)))
             module = fx.GraphModule(torch.nn.Module(), graph)

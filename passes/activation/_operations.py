@@ -270,7 +270,8 @@ def _statistic(node: fx.Node) -> Operation | None:
 
 
 def _alone(node: fx.Node, hidden: fx.Node) -> bool:
-    return node.args[1] == 0 and not any(u.users for u in hidden.users if u is not node)
+    others = any(u.users for u in hidden.users if u is not node)
+    return bool(node.args[1] == 0) and not others
 
 
 def _correction(node: fx.Node) -> float | None:
