@@ -37,10 +37,11 @@ REWRITES: dict[str, str] = {
     "balance-channels": "sparsecc.passes.quant.balance_channels:BalanceChannels",
     "fuse-cached-attention": "sparsecc.passes.kv.fuse_cached_attention:FuseCachedAttention",
     "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
+    "fuse-rows": "sparsecc.passes.activation.fuse_rows:FuseRows",  # what those before left
 }
 
 # They make regions for generated kernels: with a preset they run where ``codegen`` asks for kernels.
-FOR_KERNELS = frozenset({"fuse-cached-attention", "fuse-few-rows"})
+FOR_KERNELS = frozenset({"fuse-cached-attention", "fuse-few-rows", "fuse-rows"})
 
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
 BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels"}) | FOR_KERNELS

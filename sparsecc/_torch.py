@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._dynamo.exc import RestartAnalysis, SkipFrame, exceptions_allowed_to_be_fallback
-from torch._guards import TracingContext
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Raised by Dynamo or AOTAutograd to run the same graph again, or to leave the frame alone: never caught.
@@ -155,6 +155,15 @@ def inductor(
         patches["freezing"] = True
         compiled = compile_fx(module, list(inputs), inner_compile=inner, config_patches=patches)
     return cast("Callable[..., Any]", compiled)
+
+
+def inductor_alone(module: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """Inductor's compile of a graph for real tensors, apart from a compile that may be under way.
+
+    The fake mode of that one, and the sizes that are symbols to it, are not used.
+    """
+    with tracing(None), torch.no_grad(), real_tensors():
+        return inductor(module, inputs, None, {})
 
 
 def inductor_patches(mode: str | None, config: dict[str, Any]) -> dict[str, Any]:

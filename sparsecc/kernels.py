@@ -56,7 +56,7 @@ def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
     if options.codegen == "aten" or (options.codegen == "auto" and options.lower != "inductor"):
         choice.reason = f"codegen={options.codegen!r}, lower={options.lower!r}"
         return choice
-    device = args[0].device.type
+    device = _tensors(args)[0].device.type
     language = _LANGUAGES.get(device, "none")
     if options.codegen not in ("auto", language):
         choice.reason = f"codegen={options.codegen!r} has no kernels on {device}"
@@ -109,7 +109,7 @@ def _measure(variants: Mapping[str, Variant], args: Args) -> dict[str, float]:
         BuildError: no kernel runs.
     """
     first = _arguments(args)
-    tensors = [t for t in tree_leaves(first) if isinstance(t, torch.Tensor)]
+    tensors = _tensors(first)
     size = max(sum(t.nbytes for t in tensors), 1)
     count = min(math.ceil(_cold(tensors[0].device) / size), _MOST_COPIES)
     copies = [first, *(tree_map(_copy, first) for _ in range(count - 1))]
@@ -131,6 +131,10 @@ def _cold(device: torch.device) -> int:
     if device.type != "cuda":
         return _COLD
     return max(_COLD, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def _tensors(args: Args) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
 def _arguments(args: Args) -> Args:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from operator import getitem
 from typing import Any
 
 import torch
+from torch import fx
+from torch.utils._pytree import tree_leaves, tree_map
 
+from sparsecc import _torch
 from sparsecc.codegen import cpp, triton
 from sparsecc.errors import BuildError
-from sparsecc.runtime.ops import cached_attention, few_rows
+from sparsecc.runtime.ops import cached_attention, few_rows, rows
 
 Call = Callable[..., Any]
 Args = tuple[Any, ...]  # of a call, with fake tensors; the last one is the text of a spec
@@ -122,6 +126,51 @@ def _attention_meaning(*args: Any) -> torch.Tensor:
     return cached_attention.meaning(*plain)
 
 
+# ---- rows ------------------------------------------------------------------------------------------
+
+
+def _rows_words(args: Args) -> tuple[str, str]:
+    tensors, *_, text = args
+    spec = rows.Spec.of(text)
+    region = "; ".join([*spec.statements, " | ".join(output.text for output in spec.outputs)])
+    return region, str(list(tensors[0].shape))
+
+
+def _rows_kernels(args: Args) -> dict[str, Variant]:
+    x, text = args[0][0], args[-1]
+    spec = rows.Spec.of(text)
+    if x.device.type == "cpu":
+        return _cpp(rows.rows_native, lambda: cpp.rows.load(spec, x.dtype))
+    if why := triton.build.available():
+        raise BuildError(why)
+    source = str(triton.build.load("rows", triton.rows.source(spec, x.shape[-1])).__file__)
+    return {"triton": Variant(rows.rows_native, "triton", source)}
+
+
+def _rows_compiled() -> Call:
+    """The meaning as Inductor compiles it by itself, once for each kind of arguments: it fuses such regions."""
+    known: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+        key = (args[-1], *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+        if key not in known:
+            graph = fx.Graph()
+
+            def placeholder(leaf: Any) -> Any:
+                is_tensor = isinstance(leaf, torch.Tensor)
+                return graph.placeholder(f"x{len(graph.nodes)}") if is_tensor else leaf
+
+            results = graph.call_function(rows.rows, tree_map(placeholder, args))
+            count = len(rows.Spec.of(args[-1]).outputs)
+            graph.output(tuple(graph.call_function(getitem, (results, j)) for j in range(count)))
+            module = fx.GraphModule(torch.nn.Module(), graph)
+            known[key] = _torch.inductor_alone(module, tensors)
+        return known[key](*tensors)
+
+    return call
+
+
 KINDS: Mapping[Any, Kind] = {
     few_rows.few_rows: Kind(
         few_rows.few_rows_native, _few_rows_words, _few_rows_kernels, few_rows.meaning
@@ -132,4 +181,5 @@ KINDS: Mapping[Any, Kind] = {
         _attention_kernels,
         _attention_meaning,
     ),
+    rows.rows: Kind(rows.rows_native, _rows_words, _rows_kernels, _rows_compiled()),
 }

@@ -173,6 +173,17 @@ def agree(result: Any, expected: Any, bound: float = 1e-6) -> None:
         assert error(a, b) < bound
 
 
+def agrees_with_fp64(model: nn.Module, x: torch.Tensor, result: Any) -> None:
+    """By the rule of ``verify``: one tensor, or a tuple of them."""
+    from sparsecc.proof import compare
+
+    values = [result, model(x), fp64(model)(x.double())]
+    triples = zip(*(v if isinstance(v, tuple) else (v,) for v in values), strict=True)
+    for got, eager, exact in triples:
+        verdict = compare("result", got, eager, exact)
+        assert verdict.passed, verdict
+
+
 def train(model: nn.Module, step: Callable[..., torch.Tensor], steps: int = 20) -> list[float]:
     """Losses of AdamW steps with weight decay on ``step(batch seed)``."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)

@@ -225,6 +225,28 @@ def test_inductor(mode: str | None) -> None:
     assert torch.allclose(compile_with(backend, lambda v: v.sin() + 1, x), x.sin() + 1)
 
 
+def test_inductor_alone_knows_nothing_of_the_compile_around() -> None:
+    """Real tensors compile in the middle of a compile, whose fake mode and symbols stay as they were."""
+    seen: list[tuple[int, int]] = []
+    results: list[torch.Tensor] = []
+
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        environment = _torch.backend_fake_mode().shape_env  # type: ignore[union-attr]
+        before = len(environment.var_to_range), len(environment.guards)
+        graph = fx.Graph()
+        x = graph.placeholder("x")
+        graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, 3)),))
+        alone = _torch.inductor_alone(fx.GraphModule(nn.Module(), graph), [torch.ones(5, 7)])
+        results.extend(alone(torch.full((5, 7), 2.0)))
+        seen.extend([before, (len(environment.var_to_range), len(environment.guards))])
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(torch.sin, backend=backend, dynamic=True)(torch.randn(5, 7))
+    assert seen[0] == seen[1]
+    assert torch.equal(results[0], torch.full((5, 7), 6.0))
+
+
 def test_inductor_validates_its_options() -> None:
     def backend(gm: fx.GraphModule, inputs: list[Any]) -> Any:
         return _torch.inductor(gm, inputs, None, {"no_such_option": 1})

@@ -17,7 +17,7 @@ from sparsecc.errors import BuildError
 from sparsecc.options import Options
 from sparsecc.regions import Variant
 from sparsecc.report.model import GraphReport, KernelChoice
-from sparsecc.runtime.ops import cached_attention, few_rows, formats
+from sparsecc.runtime.ops import cached_attention, catalogue, few_rows, formats, rows
 
 OPTIONS = {"passes": ["fuse-few-rows"], "lower": "inductor"}
 X = torch.randn(2, 24)
@@ -86,11 +86,14 @@ def test_a_measurement_is_remembered(
     assert all(json.loads(p.read_text())["cpp"] == 1.0 for p in folder.glob("choice-*.json"))
 
 
-@pytest.mark.parametrize("name", ["few rows", "cached attention"])
+@pytest.mark.parametrize("name", ["few rows", "cached attention", "rows"])
 def test_a_measurement_measures(name: str) -> None:
     if name == "few rows":
         operator, text = few_rows.few_rows, few_rows.Spec("none", 0.0, ("p0",)).text()
         args = (torch.empty(1, 64), [torch.empty(4096, 64)], [], text)
+    elif name == "rows":
+        operator, text = rows.rows, catalogue.statistical_top_k(0.25).text()
+        args = ([torch.empty(64, 256)], [], [], text)
     else:
         text = cached_attention.Spec(32, 32, 2, True).text()
         new, cache, angles = (
@@ -108,6 +111,33 @@ def test_a_measurement_measures(name: str) -> None:
     found = kernels._measure(variants(operator, args), args)
     assert set(found) == {"aten", "cpp"}
     assert all(1e-7 < seconds < 1 for seconds in found.values())
+
+
+def test_rows_are_measured_beside_inductors_code(
+    folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is made in the middle of another compile, and only once for one region."""
+    compiled: list[object] = []
+    real = regions._torch.inductor_alone
+
+    def alone(module, inputs):
+        compiled.append(module)
+        return real(module, inputs)
+
+    monkeypatch.setattr(regions._torch, "inductor_alone", alone)
+    options = {**OPTIONS, "passes": ["fuse-rows"], "codegen": "auto"}
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + 1.25)
+
+    x = torch.randn(6, 40)
+    torch._dynamo.mark_dynamic(x, 0)
+    with torch.no_grad():
+        result, report = run(function, x, **options)
+        agree(result, function(x))
+    (choice,) = report.graphs[0].kernels
+    assert set(choice.seconds) == {"aten", "cpp"}
+    assert len(compiled) == 1
 
 
 def test_no_compiler_is_one_line_in_the_log(

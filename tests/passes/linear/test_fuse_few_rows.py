@@ -6,14 +6,13 @@ import copy
 
 import pytest
 import torch
-from support import capture, error, randomise, refusals, run
+from support import agrees_with_fp64, capture, error, randomise, refusals, run
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from sparsecc import pipeline
 from sparsecc.options import Options
-from sparsecc.proof import compare
 from sparsecc.report.model import GraphReport
 
 NAME = "fuse-few-rows"
@@ -49,13 +48,6 @@ class Block(nn.Module):
         h = self.norm2(x)
         x = x + self.down(F.silu(self.gate(h)) * self.up(h))
         return self.head(self.norm3(x))
-
-
-def agrees_with_fp64(model: nn.Module, x: torch.Tensor, result: torch.Tensor) -> None:
-    """By the rule of ``verify``."""
-    exact = copy.deepcopy(model).double()(x.double())
-    verdict = compare("result", result, model(x), exact)
-    assert verdict.passed, verdict
 
 
 def specs(report) -> list[str]:
