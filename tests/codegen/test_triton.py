@@ -26,6 +26,7 @@ grids = pytest.mark.parametrize("grid", GRIDS)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # minutes each, alone on two cores
 @grids
 def test_in_the_interpreter(grid: str) -> None:
     counts = run_grid(grid, TRITON_INTERPRET="1")
