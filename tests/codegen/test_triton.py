@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
 GRIDS = {
     "triton_grid.py": 250,
-    "triton_attention_grid.py": 300,
+    "triton_attention_grid.py": 170,
 }  # and how many tests are in it, at least
 grids = pytest.mark.parametrize("grid", GRIDS)
 

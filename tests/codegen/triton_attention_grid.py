@@ -6,6 +6,7 @@ be chosen before Triton is imported, or on a GPU.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any
 
@@ -31,16 +32,23 @@ __all__ = ["as_on_a_gpu"]  # a fixture of this module, too
 run = launch.run if INTERPRETED else cached_attention_native
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 names = pytest.mark.parametrize("name", SPECS)
-masks = pytest.mark.parametrize("mask", MASKS)
 
 
 def case(name: str, *sizes: Any, **rest: Any) -> list[Any]:
     return inputs(name, *sizes, **{"device": DEVICE, "heads": 2, **rest})
 
 
-@dtypes
-@names
-@masks
+# The interpreter is slow: there, half precision is tried where its loads and masks differ from float32's.
+GRID = [
+    (name, mask, dtype)
+    for name, mask, dtype in itertools.product(SPECS, MASKS, DTYPES)
+    if not INTERPRETED
+    or dtype is torch.float32
+    or (name in ("llama", "odd") and mask in ("causal", "minus infinity"))
+]
+
+
+@pytest.mark.parametrize(("name", "mask", "dtype"), GRID)
 def test_as_near_to_fp64_as_aten(name: str, mask: str, dtype: torch.dtype) -> None:
     sizes = (1, 1, 1, 0), (2, 1, 64, 63), (1, 1, 140, 70), (2, 5, 70, 3), (1, 9, 100, 80)
     check(run, *(case(name, b, t, s, mask, start, dtype=dtype) for b, t, s, start in sizes))
@@ -93,7 +101,7 @@ def test_added_masks_of_both_dtypes(dtype: torch.dtype, mask_dtype: torch.dtype 
         check(run, args)
 
 
-@dtypes
+@pytest.mark.parametrize("dtype", [torch.float32] if INTERPRETED else list(DTYPES))
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", range(5))
 @pytest.mark.parametrize(
