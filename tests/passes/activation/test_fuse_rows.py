@@ -400,6 +400,10 @@ REACH: dict[str, tuple[Forward, list[str]]] = {
             "y0 = t0 + v0; y0; y0 / (max(y0) - min(y0)) * 2.0",
         ],
     ),
+    "a result that is read before the last operand is there": (
+        lambda m, x: (lambda h: (h / spread(h) + x.cumsum(-1), torch.cos(h)))(x + m.bias),
+        ["y0 = t0 + v0; y0; y0 / (max(y0) - min(y0)) + t1"],
+    ),
     "a softmax with more": (
         lambda m, x: (lambda p: p - p.amax(-1, keepdim=True) * 0.5 + x)(x.softmax(-1)),
         ["y0 = exp(t0 - max(t0)); y1 = y0 / sum(y0); y1 - max(y1) * 0.5 + t0"],
