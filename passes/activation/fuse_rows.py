@@ -129,7 +129,8 @@ class FuseRows(Pass):
                 new = program.call(
                     aten.squeeze.dim, squeeze, like=node, origin=self.name, before=anchor
                 )
-            node.replace_all_uses_with(new)
+            # Those before the anchor are inside, and dead by now.
+            node.replace_all_uses_with(new, lambda user: not user < anchor)
             results[node] = new
         program.version += 1
 

@@ -66,6 +66,8 @@ RARE = {
     ("push-affine", "region"),
     ("push-affine", "written"),
     ("fuse-few-rows", "region"),
+    ("fuse-rows", "large"),
+    ("fuse-rows", "written"),
     ("layernorm-to-crmsnorm", "drop"),  # an option that is not drawn
     ("layernorm-to-crmsnorm", "mutated"),
     ("layernorm-to-crmsnorm", "not-centred"),

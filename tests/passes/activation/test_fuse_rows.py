@@ -1,4 +1,4 @@
-"""fuse-rows: which work on rows becomes one operator, how far a region reaches, and what stays apart."""
+"""fuse-rows: which work on rows becomes one operator, what stays apart, and what it computes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,22 @@ from typing import Any
 
 import pytest
 import torch
+from row_models import (
+    METHODS,
+    NAME,
+    ONLY,
+    D,
+    Forward,
+    X,
+    crms_norm,
+    evonorm_s0,
+    made,
+    poly_norm,
+    quantized,
+    specs,
+    spread,
+    top_k,
+)
 from support import agrees_with_fp64, capture, error, randomise, refusals, run
 from torch import nn
 from torch._subclasses import FakeTensorMode
@@ -19,98 +35,7 @@ from sparsecc.options import Options
 from sparsecc.report.model import GraphReport
 from sparsecc.runtime.ops.rows import rows
 
-NAME = "fuse-rows"
-ONLY = {"passes": [NAME]}
 LOWER = {"lower": "eager", "strict": True, "floor": False}
-D = 24
-X = torch.randn(3, 5, D, generator=torch.Generator().manual_seed(3))
-Forward = Callable[[Any, torch.Tensor], Any]
-
-
-class Model(nn.Module):
-    """Weights of every shape that an operand may have."""
-
-    def __init__(self, forward: Forward) -> None:
-        super().__init__()
-        self.weight, self.bias, self.other = (nn.Parameter(torch.ones(D)) for _ in range(3))
-        self.leading = nn.Parameter(torch.ones(1, 1, D))
-        self.coefficients = nn.Parameter(torch.ones(3))
-        self.shift = nn.Parameter(torch.ones(1))
-        self.by_row, self.by_token = nn.Parameter(torch.ones(5, 1)), nn.Parameter(torch.ones(5, D))
-        self.linear = nn.Linear(D, D)
-        self.rest = forward
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.rest(self, x)
-
-
-def made(forward: Forward) -> Model:
-    return randomise(Model(forward)).eval()
-
-
-def specs(report) -> list[str]:
-    return [m.note for m in report[NAME].matches if m.status == "applied"]
-
-
-# ---- published methods, spelled out ------------------------------------------------------------------
-
-
-def top_k(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """Statistical top-k (Spark)."""
-    cut = x.mean(-1, keepdim=True) + x.std(-1, keepdim=True, correction=0) * 0.6744897501960817
-    return torch.relu(x - cut)
-
-
-def poly_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """PolyNorm as PolyCom's own code has it."""
-
-    def norm(y: torch.Tensor) -> torch.Tensor:
-        return y / torch.sqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
-
-    a = m.coefficients
-    return a[0] * norm(x**3) + a[1] * norm(x**2) + a[2] * norm(x) + m.shift
-
-
-def crms_norm(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """Pre-CRMSNorm: the feature that is not stored is minus the sum of the others."""
-    total = x.sum(-1, keepdim=True)
-    squares = x.square().sum(-1, keepdim=True) + total * total
-    return x * torch.rsqrt(squares / (x.shape[-1] + 1) + 1e-5)
-
-
-def evonorm_s0(m: Any, x: torch.Tensor) -> torch.Tensor:
-    """EvoNorm-S0 over the last axis, the channels of a group."""
-    deviation = torch.sqrt(x.var(dim=-1, unbiased=False, keepdim=True) + 1e-5)
-    return x * torch.sigmoid(m.by_token * x) / deviation * m.weight + m.bias
-
-
-def quantized(m: Any, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Residual, RMSNorm, int8 by token."""
-    h = x + m.other
-    y = F.rms_norm(h, (D,), m.weight, 1e-6)
-    scale = y.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 127
-    return torch.round(y / scale).clamp(-127, 127).to(torch.int8), scale, h
-
-
-METHODS: dict[str, tuple[Forward, str]] = {
-    "statistical top-k": (
-        top_k,
-        "y0 = mean(t0); y1 = t0 - y0; relu(t0 - (y0 + sqrt(mean(y1 * y1)) * 0.6744897501960817))",
-    ),
-    "poly norm": (
-        poly_norm,
-        "y0 = t0 * t0; y1 = y0 * t0; s0 * (y1 * rsqrt(mean(y1 * y1) + 1e-06)) + "
-        "s1 * (y0 * rsqrt(mean(y0 * y0) + 1e-06)) + s2 * (t0 * rsqrt(mean(y0) + 1e-06)) + s3",
-    ),
-    "crms norm": (
-        crms_norm,
-        "y0 = sum(t0); t0 * rsqrt((sum(t0 * t0) + y0 * y0) / 25.0 + 1e-05)",
-    ),
-    "evonorm s0": (
-        evonorm_s0,
-        "y0 = t0 - mean(t0); t0 * sigmoid(v0 * t0) / sqrt(mean(y0 * y0) + 1e-05) * v1 + v2",
-    ),
-}
 
 
 @pytest.mark.parametrize("codegen", ["aten", "cpp"])
@@ -333,125 +258,6 @@ def test_the_kernel_is_what_runs() -> None:
     calls = [event.name for event in profile.events()]
     assert calls.count("sparsecc::rows_native") == 1
     assert not [c for c in calls if c in ("aten::mul", "aten::mean", "aten::pow")]
-
-
-# ---- how far a region reaches ------------------------------------------------------------------------
-
-
-def spread(x: torch.Tensor) -> torch.Tensor:
-    return x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)
-
-
-SPREAD = "max(t0) - min(t0)"
-REACH: dict[str, tuple[Forward, list[str]]] = {
-    "operands of every shape": (
-        lambda m, x: (x * m.weight + m.leading) * m.by_row / spread(x) + m.by_token * x * m.shift,
-        [f"(t0 * v0 + v1) * s0 / ({SPREAD}) + v2 * t0 * s1"],
-    ),
-    "numbers": (
-        lambda m, x: 1 - (2 * x + 3) / spread(x) + torch.add(x, x, alpha=1),
-        [f"1.0 - (t0 * 2.0 + 3.0) / ({SPREAD}) + (t0 + t0)"],
-    ),
-    "functions": (
-        lambda m, x: (
-            F.gelu(x, approximate="tanh")
-            * torch.tanh(F.silu(x).abs().sqrt())
-            / (spread(x).exp() + 1).rsqrt()
-        ),
-        [f"gelu_tanh(t0) * tanh(sqrt(abs(silu(t0)))) / rsqrt(exp({SPREAD}) + 1.0)"],
-    ),
-    "powers": (
-        lambda m, x: x.pow(5) / spread(x).pow(-0.5) + 1 / x,
-        [f"y0 = t0 * t0; y0 * y0 * t0 / rsqrt({SPREAD}) + 1 / t0"],
-    ),
-    "clamps": (
-        lambda m, x: torch.maximum(x.clamp(max=1), spread(x) * 0.1).clamp(-2, 2).clamp_min(0.5),
-        [f"maximum(clamp(maximum(minimum(t0, 1.0), ({SPREAD}) * 0.1), -2.0, 2.0), 0.5)"],
-    ),
-    "an unbiased variance": (
-        lambda m, x: x / (x.var(-1, keepdim=True) + 1) - x,
-        ["y0 = t0 - mean(t0); t0 / (sum(y0 * y0) / (N - 1.0) + 1.0) - t0"],
-    ),
-    "a variance with its mean": (
-        lambda m, x: (lambda v, u: (x - u) / (v + 1) * 2)(*torch.var_mean(x, -1, keepdim=True)),
-        ["y0 = t0 - mean(t0); y0 / (sum(y0 * y0) / (N - 1.0) + 1.0) * 2.0"],
-    ),
-    "the axis put back": (
-        lambda m, x: x / (x.amax(-1) - x.amin(-1)).unsqueeze(-1) + 1,
-        [f"t0 / ({SPREAD}) + 1.0"],
-    ),
-    "numbers of rows without the axis": (
-        lambda m, x: (x.abs().amax(-1) * 2 - x.mean(-1), x + spread(x)),
-        ["max(abs(t0)) * 2.0 - mean(t0)", f"t0 + ({SPREAD})"],
-    ),
-    "the largest, its place not asked for": (
-        lambda m, x: x / (x.max(-1, keepdim=True).values - x.min(-1, keepdim=True)[0]) * 2,
-        [f"t0 / ({SPREAD}) * 2.0"],
-    ),
-    "not where its place is asked for": (
-        lambda m, x: (lambda top: (x / (top[0] - x.mean(-1, keepdim=True)) * 2 + x, top[1]))(
-            x.max(-1, keepdim=True)
-        ),
-        [],
-    ),
-    "what is also read outside": (
-        lambda m, x: (lambda h: (h / spread(h) * 2, h.cumsum(-1)))(x + m.bias),
-        [
-            "y0 = t0 + v0; y0; y0 / (max(y0) - min(y0)) * 2.0",
-        ],
-    ),
-    "a softmax with more": (
-        lambda m, x: (lambda p: p - p.amax(-1, keepdim=True) * 0.5 + x)(x.softmax(-1)),
-        ["y0 = exp(t0 - max(t0)); y1 = y0 / sum(y0); y1 - max(y1) * 0.5 + t0"],
-    ),
-    "halves of a row": (
-        lambda m, x: (lambda a, b: a * b / (spread(a) + 1))(*x.chunk(2, -1)),
-        ["t0 * t1 / (max(t0) - min(t0) + 1.0)"],
-    ),
-    "cut where something else runs between": (
-        lambda m, x: top_k(m, top_k(m, x).cumsum(-1) + x),
-        [
-            METHODS["statistical top-k"][1],
-            "y0 = t0 + t1; y1 = mean(y0); y2 = y0 - y1; relu(y0 - "
-            "(y1 + sqrt(mean(y2 * y2)) * 0.6744897501960817))",
-        ],
-    ),
-    "numbers of one region in another": (
-        lambda m, x: (lambda s, part: (part - s) / (spread(part) + s))(
-            spread(x) + x.mean(-1, keepdim=True) * 2, x[..., :8]
-        ),
-        [f"{SPREAD} + mean(t0) * 2.0", f"(t0 - s0) / ({SPREAD} + s0)"],
-    ),
-    "not over another axis": (
-        lambda m, x: x / (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)),
-        [],
-    ),
-    "not what broadcasts between": (
-        lambda m, x: x[:, :1] * (spread(x) + 1) * 2 + x,
-        [f"{SPREAD} + 1.0"],
-    ),
-    "not what widens": (lambda m, x: x.double() / spread(x) + x.mean(-1, keepdim=True), []),
-    "not by a number that is not finite": (
-        lambda m, x: x.clamp(min=-float("inf")) / spread(x),
-        ["t1 / (max(t0) - min(t0))"],
-    ),
-    "not a norm without ε": (lambda m, x: F.rms_norm(x, (D,)) * x.mean(-1, keepdim=True) + 1, []),
-    "not an integer that may overflow": (
-        lambda m, x: torch.round(x / spread(x) * 2).to(torch.int8).float(),
-        ["round(t0 / (max(t0) - min(t0)) * 2.0)"],
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REACH)
-def test_how_far_a_region_reaches(name: str) -> None:
-    forward, expected = REACH[name]
-    model = made(forward)
-    x = X.abs() + 0.1 if name in ("functions", "powers") else X
-    with torch.no_grad():
-        result, report = run(model, x, codegen="cpp", **ONLY)
-        agrees_with_fp64(model, x, result)
-    assert specs(report) == expected
 
 
 # ---- refusals ----------------------------------------------------------------------------------------
