@@ -155,8 +155,12 @@ def _kind(name: str) -> Any:
     return {"linear": maps, "batchnorm": images}.get(registry.load(name).family, blocks)
 
 
+# No program that is drawn keeps a cache: tests/passes/kv try this one.
+NOT_DRAWN = {"fuse-cached-attention"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", registry.all_passes())
+@pytest.mark.parametrize("name", [n for n in registry.all_passes() if n not in NOT_DRAWN])
 def test_every_pass_is_applied_and_refused(name: str) -> None:
     tally = _seen(_kind(name).program)
     assert tally.applied[name] >= LEAST
