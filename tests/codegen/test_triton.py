@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
 
 GRIDS = {
-    "triton_grid.py": 250,
+    "triton_grid.py": 160,
     "triton_attention_grid.py": 170,
 }  # and how many tests are in it, at least
 grids = pytest.mark.parametrize("grid", GRIDS)
@@ -62,7 +62,7 @@ def test_a_model_on_a_gpu(dtype: torch.dtype, lower: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 4, 16])
-@pytest.mark.parametrize("dtype", few_rows.DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", SPECS)
 def test_built_it_needs_no_more_than_a_gpu_has(name: str, dtype: torch.dtype, rows: int) -> None:
     """At the sizes of a decoder, as it is cut where nothing was measured."""

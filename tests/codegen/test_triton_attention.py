@@ -29,8 +29,16 @@ def built(fn, names: list[str], constants: dict, dtype: torch.dtype, mask: str, 
 
 
 @pytest.mark.slow
-@dtypes
-@pytest.mark.parametrize(("tokens", "mask"), [(1, "added"), (4, "added"), (16, "bool")])
+@pytest.mark.parametrize(
+    ("tokens", "mask", "dtype"),
+    [
+        (1, "added", torch.float32),
+        (16, "bool", torch.float32),
+        (1, "added", torch.bfloat16),
+        (4, "added", torch.bfloat16),
+        (16, "bool", torch.bfloat16),
+    ],
+)
 @pytest.mark.parametrize("name", BUILT)
 def test_built_it_needs_no_more_than_a_gpu_has(
     name: str, tokens: int, mask: str, dtype: torch.dtype
