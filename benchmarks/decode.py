@@ -9,8 +9,8 @@ measured. Outcome: 2.11x at batch 1 and 60% of the floor.
 Second prediction, of 28 November 2026, before attention over the cache was one operator and before what comes
 next was asked of memory ahead: attention, rotation and cache take 3.5 ms of 17 operator by operator and 0.6 ms
 as one kernel; reading ahead brings the products from 1.6 to 1.1 times the floor. Together 2.8x Inductor at
-batch 1 and 75% of the floor. Outcome: 2.21x at batch 1 and 73% of the floor, on a machine of half the bandwidth,
-where Inductor is nearer to it.
+batch 1 and 75% of the floor. Outcome: 2.21x at batch 1 and 73% of the floor, on a machine of half the
+bandwidth, where Inductor is nearer to it.
 """
 
 from __future__ import annotations
