@@ -138,12 +138,12 @@ def _rows_words(args: Args) -> tuple[str, str]:
 
 def _rows_kernels(args: Args) -> dict[str, Variant]:
     x, text = args[0][0], args[-1]
-    spec = rows.Spec.of(text)
     if x.device.type == "cpu":
+        spec = rows.Spec.of(text)
         return _cpp(rows.rows_native, lambda: cpp.rows.load(spec, x.dtype))
     if why := triton.build.available():
         raise BuildError(why)
-    source = str(triton.build.load("rows", triton.rows.source(spec, x.shape[-1])).__file__)
+    source = str(triton.launch_rows.module(text, x.shape[-1]).__file__)
     return {"triton": Variant(rows.rows_native, "triton", source)}
 
 

@@ -37,7 +37,6 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
         dtype: of x, operands and outputs: one of ``DTYPES``.
     """
     name = f"few_rows_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"
-    eps = torch.finfo(torch.float32).eps if spec.eps is None else spec.eps
     law = [f"//   out{j}[m, n] = {text}" for j, text in enumerate(spec.outputs)]
     firsts = [spec.slots[spec.weights(j)[0]].start for j in range(len(spec.outputs))]
     bodies = [_output(spec, j, dtype) for j in range(len(spec.outputs))]
@@ -52,7 +51,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     )
     return f"""// {name}: {DTYPES[dtype]} on CPU, for any number of rows m, features n and size k.
 {chr(10).join(law)}
-// where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {_NORM_LAW[spec.norm].format(eps=eps)},
+// where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {spec.norm_law},
 // v<i>[n] and t<i>[m, n] are operands.{_kept_law(spec)}
 
 #include <algorithm>
@@ -77,7 +76,7 @@ void run_blocks(int64_t begin, int64_t end, void* context) {{
 
 const char* run(const FewRows* call) {{
 {_checks(spec)}
-{_prologue(spec, eps, dtype)}
+{_prologue(spec, dtype)}
   Job job{{call, {_fields(spec, dtype)}, {{}}}};
 {ends}
   call->parallel(job.ends[{len(spec.outputs) - 1}], 1, run_blocks, &job);
@@ -95,13 +94,6 @@ const FewRowsKernel kernel = {{
 
 extern "C" __attribute__((visibility("default"))) const FewRowsKernel* few_rows_kernel() {{ return &kernel; }}
 """
-
-
-_NORM_LAW = {
-    "none": "x",
-    "rms": "x / sqrt(mean(x^2) + {eps})",
-    "layer": "(x - mean(x)) / sqrt(var(x) + {eps})",
-}
 
 
 def _kept_law(spec: Spec) -> str:
@@ -170,7 +162,7 @@ def _parts(spec: Spec, dtype: torch.dtype) -> str:
     )
 
 
-def _prologue(spec: Spec, eps: float, dtype: torch.dtype) -> str:
+def _prologue(spec: Spec, dtype: torch.dtype) -> str:
     """The activations as the formats want them."""
     lines = ["const Element* x = static_cast<const Element*>(call->x);"]
     rows = "x"
@@ -181,7 +173,7 @@ def _prologue(spec: Spec, eps: float, dtype: torch.dtype) -> str:
     if spec.norm != "none":
         lines.append("Buffer<float> normalized(call->rows * call->size);")
         lines.append(
-            f"{spec.norm}_norm({rows}, call->rows, call->size, {eps!r}f, normalized.data());"
+            f"{spec.norm}_norm({rows}, call->rows, call->size, {spec.float_eps!r}f, normalized.data());"
         )
         rows = "normalized.data()"
     names = [name for name, _ in _inputs(spec)]

@@ -27,12 +27,6 @@ DTYPES: Mapping[torch.dtype, str] = {
 }
 _SUMS = 64  # of a thread, at most: accumulators must fit the registers
 
-_NORM_LAW = {
-    "none": "x",
-    "rms": "x / sqrt(mean(x^2) + {eps})",
-    "layer": "(x - mean(x)) / sqrt(var(x) + {eps})",
-}
-
 
 @dataclass(frozen=True)
 class Config:
@@ -97,7 +91,7 @@ def source(spec: Spec, rows: int) -> str:
     blocks = "".join(_expression(spec, j) + _block(spec, j, body(spec, j, rows)) for j in outputs)
     return f"""# {name}: Triton, rows {what}; float32, bfloat16 or float16, with sums in float32.
 {law}
-# where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {_NORM_LAW[spec.norm].format(eps=_eps(spec))},
+# where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {spec.norm_law},
 # v<i>[n] and t<i>[m, n] are operands; x is [M, K].
 {sizes}
 
@@ -106,11 +100,6 @@ import triton.language as tl
 
 {imports}{"" if not imports else chr(10)}
 {blocks}{_kernel(spec)}"""
-
-
-def _eps(spec: Spec) -> float:
-    """ATen's default is that of float32 for half precision, too: it computes norms in it."""
-    return torch.finfo(torch.float32).eps if spec.eps is None else spec.eps
 
 
 def _used(spec: Spec, j: int) -> list[str]:
@@ -207,7 +196,7 @@ def _apart(spec: Spec, j: int, rows: int) -> list[str]:
     weights, each = spec.weights(j), range(rows)
     vectors = [name for name in spec.operands(j) if name[0] == "v"]
     tensors = [name for name in spec.operands(j) if name[0] == "t"]
-    eps, names = _eps(spec), ", ".join(expressions.names(spec.trees[j]))
+    eps, names = spec.float_eps, ", ".join(expressions.names(spec.trees[j]))
     rms, layer = spec.norm == "rms", spec.norm == "layer"
     lines = [f"x{m} = x + {m} * K" for m in each]
     if layer:
@@ -247,7 +236,7 @@ def _apart(spec: Spec, j: int, rows: int) -> list[str]:
 def _together(spec: Spec, j: int, rows: int) -> list[str]:
     """A tile where all rows are one operand of a matrix product."""
     weights = spec.weights(j)
-    eps, names = _eps(spec), ", ".join(expressions.names(spec.trees[j]))
+    eps, names = spec.float_eps, ", ".join(expressions.names(spec.trees[j]))
     rms, layer = spec.norm == "rms", spec.norm == "layer"
     lines = [
         f"m = tl.arange(0, {MOST_ROWS}).to(tl.int64)",

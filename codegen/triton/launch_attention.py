@@ -5,6 +5,7 @@ Under ``TRITON_INTERPRET=1``, which must be set before Triton is imported, ``run
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -35,12 +36,16 @@ class Problem:
 
     def module(self) -> ModuleType:
         """The generated source as a module; its file is to be read."""
-        text = cached_attention.source(Spec.of(self.text), self.tokens, self.mask)
-        return build.load("cached_attention", text)
+        return _module(self.text, self.tokens, self.mask)
 
     def configs(self) -> list[Config]:
         """Those worth measuring, the one to take unmeasured first."""
         return cached_attention.configs(Spec.of(self.text), self.tokens, self.dtype)
+
+
+@functools.cache  # calls do not generate it again
+def _module(text: str, tokens: int, mask: str) -> ModuleType:
+    return build.load("cached_attention", cached_attention.source(Spec.of(text), tokens, mask))
 
 
 _chosen: dict[Problem, Config] = {}

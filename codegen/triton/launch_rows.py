@@ -5,13 +5,15 @@ Under ``TRITON_INTERPRET=1``, which must be set before Triton is imported, ``run
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 
 from sparsecc.codegen.triton import build, rows
+from sparsecc.codegen.triton.launch import on_device
 from sparsecc.runtime.ops.rows import Spec, meaning, result_dtype, result_shape
 
 
@@ -45,7 +47,7 @@ def run(
     size = x.shape[-1]
     count = x.numel() // size
     cut = rows.config(spec, size)
-    fn = build.load("rows", rows.source(spec, size)).kernel
+    fn = module(kernel, size).kernel
     parts = math.ceil(count / cut.rows)
     results, given = [], []
     for output, step in zip(spec.outputs, spec.results, strict=True):
@@ -58,8 +60,7 @@ def run(
     periods = [v.numel() // size for v in vectors] + [s.numel() for s in scalars]
     strides = [stride for _, stride in dense]
     across = math.ceil(size / cut.block) if not _has_whole_rows(spec) else 1
-    # Triton launches on the current device, which need not be x's.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device(x):
         fn[(parts, across)](
             *(tensor for tensor, _ in dense),
             *whole,
@@ -74,6 +75,12 @@ def run(
         result.sum(0) if output.summed else result
         for output, result in zip(spec.outputs, results, strict=True)
     ]
+
+
+@functools.cache  # calls do not generate it again
+def module(kernel: str, size: int) -> ModuleType:
+    """The generated source of a spec's text, for rows of ``size``, as a module; its file is to be read."""
+    return build.load("rows", rows.source(Spec.of(kernel), size))
 
 
 def _has_whole_rows(spec: Spec) -> bool:

@@ -143,9 +143,8 @@ class FuseCachedAttention(Pass):
 
         def after(q: Any, k: Any, v: Any, keys: Any, values: Any, cos: Any, sin: Any) -> Any:
             spec = Spec(q.shape[-1], v.shape[-1], 1, True)
-            keys = torch.cat(
-                [keys[:, :, :1], k, keys[:, :, 1:]], 2
-            )  # k and v are written over these
+            # k and v are written over these.
+            keys = torch.cat([keys[:, :, :1], k, keys[:, :, 1:]], 2)
             values = torch.cat([values[:, :, :1], v, values[:, :, 1:]], 2)
             angles = [cos[None, None], sin[None, None]]
             rest = (keys, values, torch.arange(1, 1 + k.shape[2]), angles, None, 0.25, spec.text())

@@ -18,7 +18,11 @@ from sparsecc.runtime.ops import expressions, formats
 from sparsecc.runtime.ops.define import define
 from sparsecc.runtime.ops.formats import Format
 
-NORMS = ("none", "rms", "layer")
+NORMS = {  # y of x, as generated sources say it
+    "none": "x",
+    "rms": "x / sqrt(mean(x^2) + {eps})",
+    "layer": "(x - mean(x)) / sqrt(var(x) + {eps})",
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class Spec:
     eps: float | None
     outputs: tuple[str, ...]
     formats: tuple[str, ...] = ()
+
+    @property
+    def float_eps(self) -> float:
+        """``eps`` of a kernel: ATen's default is that of float32 for half precision, too: it computes in it."""
+        return torch.finfo(torch.float32).eps if self.eps is None else self.eps
+
+    @property
+    def norm_law(self) -> str:
+        return NORMS[self.norm].format(eps=self.float_eps)
 
     @functools.cached_property
     def trees(self) -> list[ast.expr]:
