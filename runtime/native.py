@@ -111,14 +111,16 @@ class Later(Generic[T]):
         return self._made
 
     def wait(self) -> T | None:
-        """What is made, or None where it cannot be made."""
-        thread = self._thread or self._start()
+        """What is made, or None where it cannot be made; where that failed before, it is tried again."""
+        thread = self._thread
+        if thread is None or (self._made is None and not thread.is_alive()):
+            thread = self._start(after=thread)
         thread.join()
         return self._made
 
-    def _start(self) -> threading.Thread:
+    def _start(self, after: threading.Thread | None = None) -> threading.Thread:
         with self._lock:
-            if self._thread is None:
+            if self._thread is None or self._thread is after:
                 self._thread = threading.Thread(target=self._run, daemon=True)
                 self._thread.start()
             return self._thread

@@ -171,6 +171,23 @@ def test_later(caplog: pytest.LogCaptureFixture) -> None:
 
     with caplog.at_level("INFO", "sparsecc"):
         broken = native.Later(fail, "weights are checked in Python")
-        assert broken.wait() is None
+        assert broken.get() is None
+        broken._thread.join()
         assert broken.get() is None
     assert [r.message for r in caplog.records] == ["weights are checked in Python: no compiler"]
+
+
+def test_waiting_tries_again_what_failed() -> None:
+    """A compiler that was missing when the process began (a path, a folder) may be there now."""
+    there = []
+
+    def make() -> int:
+        if not there:
+            raise BuildError("no compiler")
+        return 42
+
+    later = native.Later(make, "slow")
+    assert later.wait() is None
+    there.append(1)
+    assert later.get() is None
+    assert later.wait() == later.get() == 42
