@@ -9,7 +9,7 @@ from __future__ import annotations
 import enum
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -189,6 +189,42 @@ class Pass(ABC):
                     f"pass {cls.name!r}: " + unknown("option", key, cls.option_names())
                 )
         return cls(**options)
+
+
+@dataclass(frozen=True)
+class RegionPass(Pass):
+    """Base of the passes that make regions for generated kernels.
+
+    Attributes:
+        least: bytes that a region reads at each call; where it is fewer, a kernel's compilation does not pay.
+        devices: kinds of devices on which regions are made.
+    """
+
+    least: int = 0
+    devices: Sequence[str] = ("cpu", "cuda")
+
+    SMALL: ClassVar[str] = "reads fewer bytes at a call than `least`"
+    DEVICE: ClassVar[str] = "is on none of `devices`"
+
+    def __post_init__(self) -> None:
+        least: Any = self.least  # the user's
+        if isinstance(least, bool) or not isinstance(least, int) or least < 0:
+            raise OptionsError(f"pass {self.name!r}: 'least' is in bytes, not {least!r}.")
+        for device in (self.devices,) if isinstance(self.devices, str) else self.devices:
+            if device not in ("cpu", "cuda"):
+                raise OptionsError(
+                    f"pass {self.name!r}: " + unknown("device", device, ("cpu", "cuda"))
+                )
+
+    def unworthy(self, node: fx.Node, read: Iterable[fx.Node]) -> Refusal | None:
+        """A refusal where the region at ``node`` is on another device, or ``read`` is less than ``least``."""
+        device = node.meta["val"].device.type
+        if device not in self.devices:
+            return Refusal.at(node, "device", f"{device} {self.DEVICE}: {', '.join(self.devices)}")
+        size = sum(map(nbytes, read))
+        if size < self.least:
+            return Refusal.at(node, "small", f"{self.SMALL}: {size} of {self.least}")
+        return None
 
 
 def numel(node: fx.Node) -> int:

@@ -40,11 +40,12 @@ REWRITES: dict[str, str] = {
     "fuse-rows": "sparsecc.passes.activation.fuse_rows:FuseRows",  # what those before left
 }
 
-# They make regions for generated kernels: with a preset they run where ``codegen`` asks for kernels.
-FOR_KERNELS = frozenset({"fuse-cached-attention", "fuse-few-rows", "fuse-rows"})
+# They make regions for generated kernels: with a preset they run where ``codegen`` asks for them. The numbers
+# are the bytes that a region must read where measurement chooses: a smaller one does not earn its compilation.
+FOR_KERNELS = {"fuse-cached-attention": 2**18, "fuse-few-rows": 2**20, "fuse-rows": 2**22}
 
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
-BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels"}) | FOR_KERNELS
+BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", *FOR_KERNELS})
 
 # preset -> the passes that it runs; only bitwise and exact ones may stand here.
 PRESETS: dict[str, tuple[str, ...]] = {

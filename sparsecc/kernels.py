@@ -103,7 +103,7 @@ def _running(variants: Mapping[str, Variant], arguments: Args) -> Iterator[str]:
 
 
 def _measure(variants: Mapping[str, Variant], args: Args) -> dict[str, float]:
-    """Median seconds of each variant, over tensors that no cache holds.
+    """Seconds of each variant over tensors that no cache holds: the least disturbed of a few rounds.
 
     Raises:
         BuildError: no kernel runs.
@@ -124,7 +124,7 @@ def _measure(variants: Mapping[str, Variant], args: Args) -> dict[str, float]:
     with torch.inference_mode():
         calls = {name: over(variants[name]) for name in _running(variants, first)}
         timings = side_by_side(calls, rounds=_ROUNDS)
-    return {name: timing.median / len(copies) for name, timing in timings.items()}
+    return {name: min(timing.seconds) / len(copies) for name, timing in timings.items()}
 
 
 def _cold(device: torch.device) -> int:

@@ -17,6 +17,7 @@ Pays   each row is read from memory once, and its statistics are taken in the ca
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -30,7 +31,16 @@ from sparsecc.passes.analysis.alias import Aliases, aliases
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
 from sparsecc.passes.analysis.weights import weight_values
-from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
+from sparsecc.passes.base import (
+    Context,
+    Exactness,
+    Example,
+    Match,
+    Refusal,
+    RegionPass,
+    Saving,
+    nbytes,
+)
 from sparsecc.runtime.ops import catalogue
 from sparsecc.runtime.ops.expressions import evaluate
 from sparsecc.runtime.ops.rows import (
@@ -51,7 +61,7 @@ _DEVICES = frozenset({"cpu", "cuda"})
 
 
 @dataclass(frozen=True)
-class FuseRows(Pass):
+class FuseRows(RegionPass):
     """Fuse statistics over the last axis with the pointwise work around them."""
 
     name: ClassVar[str] = "fuse-rows"
@@ -62,7 +72,7 @@ class FuseRows(Pass):
     pays: ClassVar[str] = (
         "several statistics of one row: memory is read once, the cache for the rest"
     )
-    refusals: ClassVar[dict[str, str]] = {
+    refusals: ClassVar[Mapping[str, str]] = {
         "training": "gradients flow, and the kernels have no backward",
         "dtype": "the rows are not float32, bfloat16 or float16 on a CPU or GPU",
         "size": "the length of the rows is not known",
@@ -71,6 +81,8 @@ class FuseRows(Pass):
         "layout": "what is read outside is not contiguous",
         "written": "something that the operator reads or makes is written in place",
         "region": "an autocast or grad-mode region begins or ends inside",
+        "small": RegionPass.SMALL,
+        "device": RegionPass.DEVICE,
     }
 
     def find(self, context: Context) -> list[Match]:
@@ -97,7 +109,9 @@ class FuseRows(Pass):
         if region.statistics < 2 or region.spec == _softmax():
             return Refusal.at(match.node, "plain", words["plain"])
         match.note = "; ".join([*region.spec.statements, *(o.text for o in region.spec.outputs)])
-        return _place_refusal(region, context, words)
+        return _place_refusal(region, context, words) or self.unworthy(
+            match.node, region.operands["t"]
+        )
 
     def rewrite(self, match: Match, context: Context) -> None:
         program = context.program
@@ -211,7 +225,7 @@ def _softmax() -> Spec:
     return Spec(statements, (Output(texts[term]),))
 
 
-def _place_refusal(region: Region, context: Context, words: dict[str, str]) -> Refusal | None:
+def _place_refusal(region: Region, context: Context, words: Mapping[str, str]) -> Refusal | None:
     """Everything moves to one place: nothing on the way may change what is read, or was made."""
     alias: Aliases = context.analyses.get(aliases)
     mode = context.analyses.get(modes)

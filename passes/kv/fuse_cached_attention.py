@@ -14,6 +14,7 @@ Pays   the cache is read once, where it lies: spelled out, it is copied for ever
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -23,7 +24,16 @@ from torch import fx
 from sparsecc.passes.analysis.alias import Aliases, aliases
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape, same_size
-from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
+from sparsecc.passes.base import (
+    Context,
+    Exactness,
+    Example,
+    Match,
+    Refusal,
+    RegionPass,
+    Saving,
+    nbytes,
+)
 from sparsecc.passes.canonical._match import argument, is_tensor, operands, scalar
 from sparsecc.runtime.ops.cached_attention import Spec, cached_attention, meaning, rotate
 
@@ -69,7 +79,7 @@ class Attention:
 
 
 @dataclass(frozen=True)
-class FuseCachedAttention(Pass):
+class FuseCachedAttention(RegionPass):
     """Fuse the rotation, the writes into the cache and the attention over it."""
 
     name: ClassVar[str] = "fuse-cached-attention"
@@ -78,7 +88,7 @@ class FuseCachedAttention(Pass):
     source: ClassVar[str] = "Vaswani et al. 2017, eq. 1; Su et al. 2021, eq. 34"
     exactness: ClassVar[Exactness] = Exactness.EXACT
     pays: ClassVar[str] = "decoding: the cache is read once and not copied for every query head"
-    refusals: ClassVar[dict[str, str]] = {
+    refusals: ClassVar[Mapping[str, str]] = {
         "training": "gradients flow, and the operator has no backward",
         "tokens": f"more than {MOST_TOKENS} new tokens, or sizes that are not known",
         "dtype": "not all float32 on a CPU, or float32, bfloat16 or float16 on a GPU; or the mask neither bool "
@@ -88,6 +98,8 @@ class FuseCachedAttention(Pass):
         "written": "something that the operator reads is written in place, or the cache is written twice",
         "cache-read": "the cache is read between the write and the attention",
         "region": "an autocast or grad-mode region begins or ends inside",
+        "small": RegionPass.SMALL,
+        "device": RegionPass.DEVICE,
     }
 
     def find(self, context: Context) -> list[Match]:
@@ -104,7 +116,9 @@ class FuseCachedAttention(Pass):
         match.note = (
             f"{found.groups} query heads a head, {'rotated' if found.rotation else 'not rotated'}"
         )
-        return _order_refusal(found, context, self.refusals)
+        return _order_refusal(found, context, self.refusals) or self.unworthy(
+            node, (found.k.cache, found.v.cache)
+        )
 
     def rewrite(self, match: Match, context: Context) -> None:
         found, node, program = _again(match), match.node, context.program
@@ -322,7 +336,7 @@ def _mismatch(found: Attention) -> str:
     return ""
 
 
-def _order_refusal(found: Attention, context: Context, words: dict[str, str]) -> Refusal | None:
+def _order_refusal(found: Attention, context: Context, words: Mapping[str, str]) -> Refusal | None:
     """The writes move to where the attention stands: nothing on the way may notice."""
     alias: Aliases = context.analyses.get(aliases)
     mode = context.analyses.get(modes)

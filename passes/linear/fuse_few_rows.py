@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -31,7 +31,16 @@ from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
 from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
-from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal, Saving, nbytes
+from sparsecc.passes.base import (
+    Context,
+    Exactness,
+    Example,
+    Match,
+    Refusal,
+    RegionPass,
+    Saving,
+    nbytes,
+)
 from sparsecc.runtime.ops.expressions import evaluate
 from sparsecc.runtime.ops.few_rows import Spec, few_rows, meaning
 
@@ -73,7 +82,7 @@ class Region:
 
 
 @dataclass(frozen=True)
-class FuseFewRows(Pass):
+class FuseFewRows(RegionPass):
     """Fuse products of a few rows with the norm before and what follows."""
 
     name: ClassVar[str] = "fuse-few-rows"
@@ -82,13 +91,15 @@ class FuseFewRows(Pass):
     source: ClassVar[str] = "algebra"
     exactness: ClassVar[Exactness] = Exactness.EXACT
     pays: ClassVar[str] = "decoding: every weight is read once a token, and nothing else is"
-    refusals: ClassVar[dict[str, str]] = {
+    refusals: ClassVar[Mapping[str, str]] = {
         "training": "gradients flow, and the operator has no backward",
         "rows": f"more than {MOST_ROWS} rows, or a number that is not known",
         "dtype": "input and weights are not all float32 or all bfloat16 (on a GPU: or float16)",
         "layout": "a weight is not contiguous",
         "written": "something that the operator reads is written in place",
         "region": "an autocast or grad-mode region begins or ends inside",
+        "small": RegionPass.SMALL,
+        "device": RegionPass.DEVICE,
     }
 
     def find(self, context: Context) -> list[Match]:
@@ -121,7 +132,9 @@ class FuseFewRows(Pass):
             return Refusal.at(first, "rows", f"{self.refusals['rows']}: {list(sizes)}")
         region = match.nodes["region"] = _grow(linears, context.analyses.get(weight_values))
         match.note = " | ".join([region.norm, *region.spec().outputs])
-        return _place_refusal(region, context, self.refusals)
+        return _place_refusal(region, context, self.refusals) or self.unworthy(
+            first, region.weights
+        )
 
     def rewrite(self, match: Match, context: Context) -> None:
         program = context.program
@@ -181,7 +194,7 @@ class FuseFewRows(Pass):
         ]
 
 
-def _operands_refusal(node: fx.Node, words: dict[str, str]) -> Refusal | None:
+def _operands_refusal(node: fx.Node, words: Mapping[str, str]) -> Refusal | None:
     x = node.all_input_nodes[0].meta["val"]
     for value in (node, *node.all_input_nodes):
         fake = value.meta["val"]
@@ -193,7 +206,7 @@ def _operands_refusal(node: fx.Node, words: dict[str, str]) -> Refusal | None:
     return None
 
 
-def _place_refusal(region: Region, context: Context, words: dict[str, str]) -> Refusal | None:
+def _place_refusal(region: Region, context: Context, words: Mapping[str, str]) -> Refusal | None:
     """Everything moves in front of the first product: nothing on the way may change what it reads."""
     alias: Aliases = context.analyses.get(aliases)
     mode = context.analyses.get(modes)

@@ -13,8 +13,9 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from sparsecc import kernels, pipeline, regions
-from sparsecc.errors import BuildError
+from sparsecc.errors import BuildError, OptionsError
 from sparsecc.options import Options
+from sparsecc.passes import registry
 from sparsecc.regions import Variant
 from sparsecc.report.model import GraphReport, KernelChoice
 from sparsecc.runtime.ops import cached_attention, catalogue, few_rows, formats, rows
@@ -69,6 +70,48 @@ def test_the_faster_one_runs(
         ("none | tanh(p0 + v0)", faster, 2),
         ("none | p0 + v0", faster, 1),
     ]
+
+
+@pytest.mark.parametrize(
+    ("features", "refused"), [(512, 0), (256, 1)], ids=["2 MiB of weights", "half a MiB"]
+)
+def test_by_default_a_region_must_read_enough(
+    features: int, refused: int, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small one stays Inductor's, and its graph untouched."""
+    asked = measured(monkeypatch, aten=2.0, cpp=1.0)
+    layer = randomise(nn.Linear(features, 2 * features))
+    x = torch.randn(2, features)
+    with torch.no_grad():
+        result, report = run(layer, x, lower="inductor")
+        agree(result, layer(x))
+    record = report["fuse-few-rows"]
+    assert [m.code for m in record.refusals] == ["small"] * refused
+    assert len(asked) == len(report.graphs[0].kernels) == record.applied == 1 - refused
+
+
+@pytest.mark.parametrize("lower", ["aot_eager", "eager"])
+def test_by_default_regions_are_made_for_inductor_alone(lower: str) -> None:
+    names = {rewrite.name for rewrite in Options.parse({"lower": lower}).pipeline()}
+    assert not names & set(registry.FOR_KERNELS)
+    assert set(registry.FOR_KERNELS) <= {p.name for p in Options().pipeline()}
+
+
+def test_regions_on_devices_that_are_left_out(model: nn.Module) -> None:
+    with torch.no_grad():
+        _, report = run(model, X, passes={"fuse-few-rows": {"devices": ["cuda"]}})
+    assert {m.code for m in report["fuse-few-rows"].refusals} == {"device"}
+
+
+@pytest.mark.parametrize("name", registry.FOR_KERNELS)
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [({"least": -1}, "in bytes, not -1"), ({"devices": ["gpu"]}, "gpu"), ({"last": 1}, "least")],
+    ids=str,
+)
+def test_options_of_the_passes(name: str, given: dict, words: str) -> None:
+    with pytest.raises(OptionsError, match=words):
+        Options.parse({"passes": {name: given}})
 
 
 def test_a_measurement_is_remembered(
