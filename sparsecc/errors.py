@@ -45,6 +45,18 @@ class BuildError(SparseccError):
     """A native library could not be built; whoever asked for it does without, and says so."""
 
 
+class RecipeError(SparseccError):
+    """A recipe cannot be read or written, or is not of this model; names the site."""
+
+    exit_code = 2
+
+
+class CalibrationError(SparseccError):
+    """The data or the model cannot be calibrated on: no batches, NaN, nothing to quantize; names the site."""
+
+    exit_code = 2
+
+
 class ModelError(SparseccError):
     """A model named on the command line could not be loaded."""
 

@@ -24,7 +24,7 @@ SOURCES = sorted(file for folder in FOLDERS for file in (ROOT / folder).rglob("*
 LONGEST = 500  # lines
 
 # Folder -> what of sparsecc its files may import. The driver may import everything.
-GROUND_FLOOR = ("sparsecc.program", "sparsecc.errors")
+GROUND_FLOOR = ("sparsecc.program", "sparsecc.errors", "sparsecc.recipe")
 ALLOWED = {
     "passes": (*GROUND_FLOOR, "sparsecc.passes", "sparsecc.runtime.ops"),
     "runtime": (*GROUND_FLOOR, "sparsecc._torch", "sparsecc.runtime"),

@@ -1,0 +1,166 @@
+"""``Recipe``: what calibration decided for one model, as a file to read, to keep and to compile with.
+
+``NAME.json`` holds everything but tensors, ``NAME.safetensors`` beside it the tensors. Sites are named by the
+parameters that they read, so a recipe holds for any batch size, device and process.
+
+This is ground floor: passes take what they need from a recipe, and calibration writes one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sparsecc.errors import RecipeError, first_line
+
+VERSION = 1  # of the file
+_TENSORS = ("scales", "shifts", "clips", "corrections")
+
+
+@dataclass
+class Recipe:
+    """How a model's linear layers are to be quantized.
+
+    A *site* is the weight of a linear layer, named by the parameters that it is computed from, matrices alone,
+    joined by "+" where layers were merged ("layers.0.fc1.weight"). A *link* (``passes/analysis/links.py``) is
+    named by its kind and the sites that read it ("norm-linear: layers.0.q.weight, layers.0.k.weight").
+
+    Attributes:
+        method: its name ("int8", "awq", …).
+        sites: site -> the weight's format (:mod:`sparsecc.runtime.ops.formats`).
+        shapes: site -> [N, K] of its weight; a model that has another one is not this recipe's.
+        scales: link -> s fp32 [channels], positive: producers ÷ s, consumers × s, before anything is rounded.
+        shifts: link -> z fp32 [channels]: producers − z, consumers' biases + Wz.
+        clips: site -> the largest magnitude that its weight keeps, fp32 [N, groups].
+        activations: site -> the step s of its input, one number for the tensor: q = round(y / s).
+        corrections: site -> (U [N, r], V [r, K]), fp32: what is added to the rounded weight.
+        options: of the method.
+        budget: what was asked for, such as {"metric": "perplexity", "increase": 0.02}; empty without.
+        tried: one entry for each candidate that was measured, in order.
+        about: of the model and the data: parameters, rows seen, a fingerprint.
+        versions: of sparsecc and torch.
+    """
+
+    method: str
+    sites: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    shifts: dict[str, torch.Tensor] = field(default_factory=dict)
+    clips: dict[str, torch.Tensor] = field(default_factory=dict)
+    activations: dict[str, float] = field(default_factory=dict)
+    corrections: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    budget: dict[str, Any] = field(default_factory=dict)
+    tried: list[dict[str, Any]] = field(default_factory=list)
+    about: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write ``path`` (``.json``) and the tensors beside it; both appear whole or not at all.
+
+        Raises:
+            RecipeError: the path does not end in .json, or cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        target = _json_path(path)
+        data: dict[str, Any] = {"version": VERSION}
+        tensors: dict[str, torch.Tensor] = {}
+        for name, value in vars(self).items():
+            if name not in _TENSORS:
+                data[name] = value
+                continue
+            for key, tensor in value.items():
+                parts = tensor if isinstance(tensor, tuple) else (tensor,)
+                for i, part in enumerate(parts):
+                    tensors[f"{name}/{i}/{key}"] = part.detach().cpu().contiguous()
+        try:
+            text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+            beside = target.with_suffix(".safetensors")
+            _whole(beside, lambda part: save_file(tensors, str(part)))
+            _whole(target, lambda part: part.write_text(text, encoding="utf-8"))
+        except (OSError, ValueError, TypeError) as error:
+            raise RecipeError(
+                f"recipe {target}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Recipe:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            RecipeError: a file is missing, damaged, of another version, or not a recipe.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        target = _json_path(path)
+        try:
+            data = json.loads(target.read_text(encoding="utf-8"))
+            if not isinstance(data, dict) or data.pop("version", None) != VERSION:
+                raise RecipeError(f"recipe {target}: not of version {VERSION}; calibrate again.")
+            recipe = cls(**data)
+            tensors = load_file(str(target.with_suffix(".safetensors")))
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            raise RecipeError(
+                f"recipe {target} cannot be read: {type(error).__name__}: {first_line(error)}"
+            ) from error
+        pairs: dict[str, dict[int, torch.Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, index, key = name.split("/", 2)
+            if kind == "corrections":
+                pairs.setdefault(key, {})[int(index)] = tensor
+            elif kind in _TENSORS:
+                getattr(recipe, kind)[key] = tensor
+        recipe.corrections = {key: (found[0], found[1]) for key, found in pairs.items()}
+        return recipe
+
+    def check(self, shapes: Mapping[str, Any]) -> None:
+        """Compare ``shapes`` (site -> shape of its weight, of a graph's sites) with this recipe's.
+
+        Raises:
+            RecipeError: a site of both has another shape; the message names it.
+        """
+        for site, shape in shapes.items():
+            wanted = self.shapes.get(site)
+            if wanted is not None and list(shape) != wanted:
+                raise RecipeError(
+                    f"the recipe ({self.method!r}) is of another model: {site} is {list(shape)} here and was "
+                    f"{wanted} when it was calibrated. Calibrate again."
+                )
+
+
+def as_recipe(value: Any) -> Recipe | None:
+    """A recipe, the path of one, or None.
+
+    Raises:
+        RecipeError: the file cannot be read, or ``value`` is something else.
+    """
+    if value is None or isinstance(value, Recipe):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return Recipe.load(value)
+    raise RecipeError(f"a recipe is a sparsecc.Recipe or the path of one, not {value!r}.")
+
+
+def _json_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    target = pathlib.Path(path)
+    if target.suffix != ".json":
+        raise RecipeError(f"recipe {target}: the path must end in .json.")
+    return target
+
+
+def _whole(target: pathlib.Path, write: Any) -> None:
+    """Write beside the target and move into place: a reader never meets half a file."""
+    part = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        write(part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
