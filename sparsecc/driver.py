@@ -12,7 +12,7 @@ from torch import fx
 from sparsecc import _torch, kernels, pipeline
 from sparsecc.capture import from_dynamo
 from sparsecc.dump.stages import GraphStages, Stage
-from sparsecc.errors import CaptureError, PassError, SparseccError, first_line
+from sparsecc.errors import CaptureError, PassError, RecipeError, SparseccError, first_line
 from sparsecc.hoist import Hoisted, hoist
 from sparsecc.instruments import Artifacts, Fuel, Instrument, PrintOnChange, Snapshots
 from sparsecc.log import artifact, log
@@ -40,7 +40,7 @@ def compile_graph(
     try:
         program, applied = _rewrite(gm, example_inputs, options, record, instruments)
     except SparseccError as error:
-        if options.strict:
+        if options.strict or isinstance(error, RecipeError):
             raise
         log.warning("graph %d goes to Inductor untouched: %s", record.index, error)
         record.fell_through = ("capture: " if isinstance(error, CaptureError) else "") + str(error)
