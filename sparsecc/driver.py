@@ -20,6 +20,7 @@ from sparsecc.options import Options
 from sparsecc.prepack import Prepack, prepack
 from sparsecc.program import Program, Role
 from sparsecc.proof import FirstCall
+from sparsecc.regions import KINDS
 from sparsecc.report.model import GraphReport, Report
 from sparsecc.runtime.fresh import FreshWeights
 
@@ -51,7 +52,7 @@ def compile_graph(
         pipeline.check_requirements({n: p.applied for n, p in record.passes.items()}, options)
     pipeline.announce(record, options)
     try:
-        if program is None or (applied == 0 and options.floor):
+        if program is None or (applied == 0 and options.floor and not _has_regions(program)):
             # Nothing of ours is worth having: the floor is Inductor's own result on Dynamo's graph.
             record.fell_through = record.fell_through or "no rewrite applied"
             packing = None if program is None else _prepack(program, gm, options, mode)
@@ -67,6 +68,11 @@ def compile_graph(
         raise
     publish(report, record, options, instruments)
     return compiled
+
+
+def _has_regions(program: Program) -> bool:
+    """Whether a program without rewrites has regions all the same: of a model that was baked."""
+    return next(program.calls(*KINDS), None) is not None
 
 
 def _rewritten(

@@ -52,7 +52,10 @@ def rewrite(
         CaptureError: the program was decomposed; rewrite it before ``run_decompositions()``.
     """
     report = report if report is not None else Report(model="ExportedProgram")
-    chosen = Options.parse({**(options or {}), "report": report})
+    given = dict(options or {})
+    if given.get("recipe") is None:
+        given.setdefault("codegen", "aten")  # the result is plain PyTorch; of a recipe it cannot be
+    chosen = Options.parse({**given, "report": report})
     result = rewrite_recorded(exported, chosen, report)
     if chosen.require:
         pipeline.check_requirements({p.name: p.applied for p in report}, chosen)

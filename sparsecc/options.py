@@ -110,14 +110,15 @@ class Options:
         if self.codegen == "aten" or (self.codegen == "auto" and self.lower != "inductor"):
             return {}
         # Kernels for GPUs have not been measured on one: there they run where they are asked for.
-        return {
-            name: registry.load(name).configure(
-                {"least": least * (self.recipe is None), "devices": ("cpu",)}
-                if self.codegen == "auto"
-                else {}
-            )
-            for name, least in registry.FOR_KERNELS.items()
-        }
+        chosen: dict[str, Pass] = {}
+        for name, least in registry.FOR_KERNELS.items():
+            cls, given = registry.load(name), dict[str, Any]()
+            if self.codegen == "auto":
+                given = {"least": least * (self.recipe is None), "devices": ("cpu",)}
+            if "recipe" in cls.option_names():
+                given["recipe"] = self.recipe
+            chosen[name] = cls.configure(given)
+        return chosen
 
     @property
     def explicit(self) -> frozenset[str]:
