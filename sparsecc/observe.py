@@ -66,7 +66,7 @@ def observe(
             raise CalibrationError(f"{name}: its input has no rows in any batch.")
     seen.about |= {
         "parameters": sum(p.numel() for p in model.parameters())
-        if isinstance(model, torch.nn.Module)
+        if isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
         else 0,
         "versions": {k: v for k, v in versions().items() if k in ("sparsecc", "torch")},
     }

@@ -104,6 +104,8 @@ def watched(
             log.warning("graph %d is not calibrated: %s", graphs - 1, error)
             return gm.forward
 
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
     with _torch.throwaway_compile(), torch.no_grad():
         compiled: Any = torch.compile(fresh_caller(), backend=backend)
         yield lambda args, kwargs: compiled(model, args, kwargs)

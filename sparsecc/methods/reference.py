@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,15 @@ class RoundedSite:
             result = result + y @ self.correction[1].T @ self.correction[0].T
         return result * self.rows + self.behind
 
+    def to(self, device: torch.device) -> RoundedSite:
+        """The same on a device; moved once."""
+        if self.weight.device != device:
+            for name in ("weight", "scale", "shift", "rows", "behind"):
+                setattr(self, name, getattr(self, name).to(device))
+            if self.correction is not None:
+                self.correction = (self.correction[0].to(device), self.correction[1].to(device))
+        return self
+
     def seen(self, y: torch.Tensor) -> torch.Tensor:
         """What rounding leaves of the activations."""
         if self.form == STATIC:
@@ -82,17 +92,24 @@ def rounded_site(
     )
 
 
-def error_of(
-    observations: Observations, recipe: Recipe, site: str, form: str | None = None
-) -> float:
-    """‖Ŷ − Y‖² / ‖Y‖² of the output of one layer on the sample rows, fp64; 0 where Y is 0 and Ŷ too."""
+def errors_of(
+    observations: Observations, recipe: Recipe, site: str, forms: Sequence[str]
+) -> list[float]:
+    """‖Ŷ − Y‖² / ‖Y‖² of one layer's output in each format, on the sample rows, fp64; 0 where both are 0."""
     x = observations.input(site).sample.double()
     exact = x @ observations.weight(site).double().T
-    got = rounded_site(observations, recipe, site, form=form)(x)
-    wrong, whole = float((got - exact).square().sum()), float(exact.square().sum())
-    return wrong / whole if whole else float(wrong > 0)
+    whole = float(exact.square().sum())
+    found = []
+    for form in forms:
+        got = rounded_site(observations, recipe, site, form=form)(x)
+        wrong = float((got - exact).square().sum())
+        found.append(wrong / whole if whole else float(wrong > 0))
+    return found
 
 
 def apply(observations: Observations, recipe: Recipe) -> dict[str, float]:
     """Site -> the relative root-mean-square error of its output on the sample rows, fp64."""
-    return {site: error_of(observations, recipe, site) ** 0.5 for site in recipe.sites}
+    return {
+        site: errors_of(observations, recipe, site, [form])[0] ** 0.5
+        for site, form in recipe.sites.items()
+    }
