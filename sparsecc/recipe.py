@@ -67,6 +67,7 @@ class Recipe:
         Raises:
             RecipeError: the path does not end in .json, or cannot be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         target = json_path(path)
@@ -85,7 +86,7 @@ class Recipe:
             beside = target.with_suffix(".safetensors")
             write_whole(beside, lambda part: save_file(tensors, str(part)))
             write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise RecipeError(
                 f"recipe {target}: {type(error).__name__}: {first_line(error)}"
             ) from error

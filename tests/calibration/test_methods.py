@@ -10,7 +10,7 @@ import pytest
 import torch
 from calibration.models import LN_AS_IT_IS, Chain, decoder, rows, token_batches
 
-from sparsecc.errors import CalibrationError
+from sparsecc.errors import CalibrationError, RecipeError
 from sparsecc.methods import METHODS, make
 from sparsecc.methods.awq import clips, not_scored
 from sparsecc.methods.common import (
@@ -466,6 +466,8 @@ def test_recipes_are_complete_and_survive_their_file(
         "fingerprint": seen.fingerprint,
     }
     assert set(recipe.versions) == {"sparsecc", "torch"}
+    with pytest.raises(RecipeError, match="recipe"):
+        recipe.save(tmp_path / "no" / "recipe.json")
     path = tmp_path / "recipe.json"
     recipe.save(path)
     again = Recipe.load(path)
