@@ -148,7 +148,7 @@ def _measure(model: nn.Module, batch: int) -> dict[str, Any]:
     same = {name: bool(torch.equal(d.greedy(), expected)) for name, d in decoders.items()}
     timed: dict[str, Callable[[], Any]] = {n: d.one for n, d in decoders.items()}
     if batch == 1 and llama.is_there():
-        peer = llama.Decoder("F32", _prompt(decoders["eager"]), LENGTH, torch.get_num_threads())
+        peer = llama.Decoder("F32", prompt_of(decoders["eager"]), LENGTH, torch.get_num_threads())
         same["llama.cpp"] = peer.greedy(TOKENS) == expected[0, 1:].tolist()
         timed["llama.cpp"] = peer.one
     timings = side_by_side(timed, rounds=21, warmup=3)
@@ -175,7 +175,7 @@ def _calls(code: str) -> int:
     )
 
 
-def _prompt(decoder: Decoder) -> list[int]:
+def prompt_of(decoder: Decoder) -> list[int]:
     prompt = smollm2.windows(PROMPT, context=PROMPT)[0].tolist()
     return [*prompt, int(decoder.next[0, 0])]
 

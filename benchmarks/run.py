@@ -18,6 +18,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 import compile_time
 import crmsnorm
 import decode
+import decode_quantized
 import few_rows
 import freshness
 import gemv
@@ -35,6 +36,7 @@ SUITES = {
     "compile": compile_time.run,
     "crmsnorm": crmsnorm.run,
     "decode": decode.run,
+    "decode_quantized": decode_quantized.run,
     "few_rows": few_rows.run,
     "gemv": gemv.run,
 }

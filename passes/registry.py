@@ -35,8 +35,10 @@ REWRITES: dict[str, str] = {
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
     "layernorm-to-crmsnorm": "sparsecc.passes.norm.layernorm_to_crmsnorm:LayerNormToCRMSNorm",
     "balance-channels": "sparsecc.passes.quant.balance_channels:BalanceChannels",
+    "migrate-channels": "sparsecc.passes.quant.migrate_channels:MigrateChannels",
     "fuse-cached-attention": "sparsecc.passes.kv.fuse_cached_attention:FuseCachedAttention",
     "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
+    "quantize-linear": "sparsecc.passes.quant.quantize_linear:QuantizeLinear",
     "fuse-rows": "sparsecc.passes.activation.fuse_rows:FuseRows",  # what those before left
 }
 
@@ -44,8 +46,11 @@ REWRITES: dict[str, str] = {
 # are the bytes that a region must read where measurement chooses: a smaller one does not earn its compilation.
 FOR_KERNELS = {"fuse-cached-attention": 2**18, "fuse-few-rows": 2**20, "fuse-rows": 2**22}
 
+# They carry out a recipe, and run with one.
+FOR_RECIPES = frozenset({"migrate-channels", "quantize-linear"})
+
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
-BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", *FOR_KERNELS})
+BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", *FOR_KERNELS, *FOR_RECIPES})
 
 # preset -> the passes that it runs; only bitwise and exact ones may stand here.
 PRESETS: dict[str, tuple[str, ...]] = {

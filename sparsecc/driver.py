@@ -12,7 +12,7 @@ from torch import fx
 from sparsecc import _torch, kernels, pipeline
 from sparsecc.capture import from_dynamo
 from sparsecc.dump.stages import GraphStages, Stage
-from sparsecc.errors import CaptureError, PassError, SparseccError, first_line
+from sparsecc.errors import CaptureError, PassError, RecipeError, SparseccError, first_line
 from sparsecc.hoist import Hoisted, hoist
 from sparsecc.instruments import Artifacts, Fuel, Instrument, PrintOnChange, Snapshots
 from sparsecc.log import artifact, log
@@ -20,6 +20,7 @@ from sparsecc.options import Options
 from sparsecc.prepack import Prepack, prepack
 from sparsecc.program import Program, Role
 from sparsecc.proof import FirstCall
+from sparsecc.regions import KINDS
 from sparsecc.report.model import GraphReport, Report
 from sparsecc.runtime.fresh import FreshWeights
 
@@ -40,7 +41,7 @@ def compile_graph(
     try:
         program, applied = _rewrite(gm, example_inputs, options, record, instruments)
     except SparseccError as error:
-        if options.strict:
+        if options.strict or isinstance(error, RecipeError):
             raise
         log.warning("graph %d goes to Inductor untouched: %s", record.index, error)
         record.fell_through = ("capture: " if isinstance(error, CaptureError) else "") + str(error)
@@ -51,7 +52,7 @@ def compile_graph(
         pipeline.check_requirements({n: p.applied for n, p in record.passes.items()}, options)
     pipeline.announce(record, options)
     try:
-        if program is None or (applied == 0 and options.floor):
+        if program is None or (applied == 0 and options.floor and not _has_regions(program)):
             # Nothing of ours is worth having: the floor is Inductor's own result on Dynamo's graph.
             record.fell_through = record.fell_through or "no rewrite applied"
             packing = None if program is None else _prepack(program, gm, options, mode)
@@ -67,6 +68,11 @@ def compile_graph(
         raise
     publish(report, record, options, instruments)
     return compiled
+
+
+def _has_regions(program: Program) -> bool:
+    """Whether a program without rewrites has regions all the same: of a model that was baked."""
+    return next(program.calls(*KINDS), None) is not None
 
 
 def _rewritten(

@@ -22,7 +22,7 @@ from torch.export.graph_signature import (
 from sparsecc import pipeline
 from sparsecc.capture import from_export
 from sparsecc.driver import instruments_for, publish
-from sparsecc.errors import CaptureError, VerificationError, first_line
+from sparsecc.errors import CaptureError, RecipeError, VerificationError, first_line
 from sparsecc.hoist import Hoisted, hoist
 from sparsecc.instruments import Instrument, Snapshots
 from sparsecc.log import log
@@ -52,7 +52,10 @@ def rewrite(
         CaptureError: the program was decomposed; rewrite it before ``run_decompositions()``.
     """
     report = report if report is not None else Report(model="ExportedProgram")
-    chosen = Options.parse({**(options or {}), "report": report})
+    given = dict(options or {})
+    if given.get("recipe") is None:
+        given.setdefault("codegen", "aten")  # the result is plain PyTorch; of a recipe it cannot be
+    chosen = Options.parse({**given, "report": report})
     result = rewrite_recorded(exported, chosen, report)
     if chosen.require:
         pipeline.check_requirements({p.name: p.applied for p in report}, chosen)
@@ -90,7 +93,7 @@ def rewrite_recorded(
     instruments = instruments_for(options, record.index)
     try:
         result = _rewritten(exported, options, record, instruments)
-    except CaptureError:
+    except (CaptureError, RecipeError):
         raise
     except Exception as error:  # a defect of ours must not cost the user the model
         if options.strict:
@@ -206,14 +209,12 @@ def _prove(
     args, kwargs = before.example_inputs
     flat = before._graph_module_flat_inputs(args, kwargs)
     reference = Reference(snapshots.stages[0].program, flat, torch.random.get_rng_state())
-    rewritten = [s for s in snapshots.stages if s.name != "lowered"]
-    if options.verify == "each":
-        record.verdicts += [reference.judge_algebra(s.name, s.program) for s in rewritten[1:]]
     # On copies: buffers that the program writes belong to the user's model too.
     with torch.no_grad():
         flat_after = after._graph_module_flat_inputs(args, kwargs)
         result = after.graph_module(*copies(flat_after))
-    record.verdicts.append(reference.judge("final", rewritten[-1].program, result))
+    each = options.verify == "each"
+    record.verdicts += reference.verdicts(snapshots.stages, each, result)
     for verdict in record.verdicts:
         if not verdict.passed:
             raise VerificationError(words(verdict))

@@ -66,6 +66,7 @@ def hoist(program: Program) -> Hoisted | None:
         if i not in set(keep):
             main.slots.pop(placeholder.name)
             main.graph.erase_node(placeholder)
+    main.drop_constants()
     main.module.recompile()
     return Hoisted(
         main,

@@ -63,8 +63,8 @@ def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
         return choice
     try:
         kernels = kind.kernels(args)
-        if options.codegen == language:
-            name, choice.reason = next(iter(kernels)), f"codegen={language!r}"
+        if options.codegen == language or kind.must(args):
+            name, choice.reason = next(iter(kernels)), f"codegen={options.codegen!r}"
             if language != "cpp":  # which is built by now
                 name = next(_running(kernels, _arguments(args)))
         else:

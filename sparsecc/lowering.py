@@ -197,7 +197,7 @@ def keep_reason(node: fx.Node) -> str | None:
         return f"higher-order operator {target.name()}"
     if target in _ENTER or target in _EXIT or target in _GRAD:
         return ""
-    if target in _CONSTANTS:
+    if target in _CONSTANTS or _is_ours(target):
         return ""
     if node.op == "call_function" and getattr(target, "__module__", "") in _torch.STATEFUL_MODULES:
         return f"changes interpreter state: {getattr(target, '__name__', target)}"
@@ -224,8 +224,13 @@ def _is_getitem(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
+def _is_ours(target: object) -> bool:
+    """A region of a model that was baked: traced through, it would be its meaning."""
+    return isinstance(target, torch._ops.OpOverload) and target.namespace == "sparsecc"
+
+
 def _is_result_of_opaque(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.HigherOrderOperator)
+    return isinstance(node.target, torch._ops.HigherOrderOperator) or _is_ours(node.target)
 
 
 def _execute(module: fx.GraphModule, node: fx.Node, env: dict[fx.Node, Any]) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 from sparsecc.errors import OptionsError, unknown
 from sparsecc.passes import registry
 from sparsecc.passes.base import Pass
+from sparsecc.recipe import Recipe, as_recipe
 
 _CHOICES = {
     "preset": tuple(registry.PRESETS),
@@ -48,7 +49,7 @@ class Options:
         fuel: apply at most this many rewrites (for bisection).
         dump: a folder to write every stage of every graph to, or None.
         report: a ``Report`` to fill, or a path (``.json`` or ``.html``) to write.
-        recipe: reserved for calibrated passes; only None is valid in this release.
+        recipe: a :class:`sparsecc.Recipe`, or the path of one, to carry out (lossy); None for none.
         inductor: options handed to Inductor as they are.
         keep_stages: a list that receives the stages of every graph (used by ``sparsecc.inspection``).
     """
@@ -67,7 +68,7 @@ class Options:
     fuel: int | None = None
     dump: str | None = None
     report: Any = None
-    recipe: None = None
+    recipe: Recipe | None = None
     inductor: Mapping[str, Any] = field(default_factory=dict)
     keep_stages: list[Any] | None = None
 
@@ -99,6 +100,9 @@ class Options:
             chosen = {name: registry.load(name)() for name in names}
             if names:
                 chosen |= self._for_kernels()
+        if self.recipe is not None:
+            for name in registry.FOR_RECIPES:
+                chosen[name] = registry.load(name).configure({"recipe": self.recipe})
         return [chosen[n] for n in registry.REWRITES if n in chosen and n not in self.disable]
 
     def _for_kernels(self) -> dict[str, Pass]:
@@ -106,12 +110,15 @@ class Options:
         if self.codegen == "aten" or (self.codegen == "auto" and self.lower != "inductor"):
             return {}
         # Kernels for GPUs have not been measured on one: there they run where they are asked for.
-        return {
-            name: registry.load(name).configure(
-                {"least": least, "devices": ("cpu",)} if self.codegen == "auto" else {}
-            )
-            for name, least in registry.FOR_KERNELS.items()
-        }
+        chosen: dict[str, Pass] = {}
+        for name, least in registry.FOR_KERNELS.items():
+            cls, given = registry.load(name), dict[str, Any]()
+            if self.codegen == "auto":
+                given = {"least": least * (self.recipe is None), "devices": ("cpu",)}
+            if "recipe" in cls.option_names():
+                given["recipe"] = self.recipe
+            chosen[name] = cls.configure(given)
+        return chosen
 
     @property
     def explicit(self) -> frozenset[str]:
@@ -216,11 +223,6 @@ def _mapping(key: str, value: Any) -> Mapping[str, Any]:
     return dict(value)
 
 
-def _no_recipe(key: str, value: Any) -> None:
-    if value is not None:
-        raise OptionsError(f"option {key!r}: this release has no calibrated passes; leave it None.")
-
-
 _PARSERS: dict[str, Any] = {
     **dict.fromkeys(_CHOICES, _choice),
     "passes": _passes,
@@ -231,7 +233,7 @@ _PARSERS: dict[str, Any] = {
     "floor": _flag,
     "fuel": _count,
     "report": _report,
-    "recipe": _no_recipe,
+    "recipe": lambda key, value: as_recipe(value),
     "inductor": _mapping,
     "dump": lambda key, value: None if value is None else os.fspath(value),
 }

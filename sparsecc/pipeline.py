@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from sparsecc.errors import PassError, RequirementError, first_line
+from sparsecc.errors import PassError, RecipeError, RequirementError, first_line
 from sparsecc.instruments import Instrument
 from sparsecc.log import log
 from sparsecc.options import Options, disabled
@@ -76,6 +76,8 @@ def _run_pass(
             record.launches_saved += saving.launches
         if record.applied:
             program.sweep()
+    except RecipeError:  # the user's to mend: the message names the site
+        raise
     except Exception as error:
         where = f" at {match.name} ({match.where})" if match is not None else ""
         raise PassError(

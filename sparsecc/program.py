@@ -201,6 +201,28 @@ class Program:
         """As :meth:`fake`; None where what it returns (its strides, say) is so for some sizes only."""
         return without_new_guards(self.fake_mode, self.fake, target, args, kwargs)
 
+    def constant(self, value: torch.Tensor, *, like: fx.Node, origin: str) -> fx.Node:
+        """A tensor of a recipe as a node that weight expressions may read (an attribute of the module)."""
+        number = sum(name.startswith("_recipe_") for name, _ in self.module.named_buffers())
+        name = f"_recipe_{number}"
+        self.module.register_buffer(name, value.detach(), persistent=False)
+        with self.graph.inserting_after(next(iter(reversed(self.placeholders())))):
+            node = self.graph.get_attr(name)
+        node.meta["val"] = self.fake_mode.from_tensor(value.detach(), static_shapes=True)
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in like.meta:
+                node.meta[key] = like.meta[key]
+        node.meta[ORIGIN], node.meta[WEIGHT] = origin, True
+        self.version += 1
+        return node
+
+    def drop_constants(self) -> None:
+        """Forget the constants that nothing reads any more."""
+        read = {node.target for node in self.graph.find_nodes(op="get_attr")}
+        for name in [n for n, _ in self.module.named_buffers() if n.startswith("_recipe_")]:
+            if name not in read:
+                delattr(self.module, name)
+
     def bring_before(self, node: fx.Node, anchor: fx.Node) -> None:
         """Move ``node``, and what it is computed from, in front of ``anchor`` where it stands behind.
 

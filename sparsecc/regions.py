@@ -48,12 +48,14 @@ class Kind:
         kernels: the generated variants by name, for arguments on a device, the one to take unmeasured first;
             raises BuildError where there are none.
         meaning: what stands for Inductor's code in a measurement.
+        must: whether a kernel runs wherever there is one, as the meaning is for proofs alone.
     """
 
     native: Any
     words: Callable[[Args], tuple[str, str]]
     kernels: Callable[[Args], dict[str, Variant]]
     meaning: Call
+    must: Callable[[Args], bool] = lambda args: False
 
 
 def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
@@ -173,7 +175,11 @@ def _rows_compiled() -> Call:
 
 KINDS: Mapping[Any, Kind] = {
     few_rows.few_rows: Kind(
-        few_rows.few_rows_native, _few_rows_words, _few_rows_kernels, few_rows.meaning
+        few_rows.few_rows_native,
+        _few_rows_words,
+        _few_rows_kernels,
+        few_rows.meaning,
+        must=lambda args: not few_rows.Spec.of(args[-1]).plain,
     ),
     cached_attention.cached_attention: Kind(
         cached_attention.cached_attention_native,

@@ -13,7 +13,7 @@ from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape, same_size
 from sparsecc.passes.analysis.stream import is_tensor
 from sparsecc.passes.base import Analyses
-from sparsecc.program import Program, Role
+from sparsecc.program import WEIGHT, Program, Role
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,9 @@ def weight_values(program: Program, analyses: Analyses) -> WeightValues:
             if slot.role in (Role.PARAMETER, Role.BUFFER) and not alias.written(node):
                 sources[node] = frozenset({node})
             continue
+        if node.op == "get_attr" and node.meta.get(WEIGHT):  # a recipe's constant
+            sources[node] = frozenset()
+            continue
         if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.Tensor):
             continue
         if program.trains and not mode[node][0]:
@@ -66,13 +69,13 @@ def weight_values(program: Program, analyses: Analyses) -> WeightValues:
 
 
 def is_pure(node: fx.Node) -> bool:
-    """A deterministic ATen operator without side effects."""
+    """A deterministic operator of ATen or ours without side effects."""
     target = node.target
     return (
         isinstance(target, torch._ops.OpOverload)
         and not target._schema.is_mutable
         and torch.Tag.nondeterministic_seeded not in target.tags
-        and target.namespace == "aten"
+        and target.namespace in ("aten", "sparsecc")
     )
 
 

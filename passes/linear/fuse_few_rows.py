@@ -4,9 +4,9 @@ Law.   f(norm(x)W₁ᵀ, norm(x)W₂ᵀ, …) in one operator: each product, sum
 Source algebra; the regions are those of decoding: norm and q, k, v; gate, up and their product; the output
        projections and the residual.
 Legal  in inference, in float32 or bfloat16 (on GPUs in float16 too), for contiguous weights, where the rows
-       are few and known. A norm goes along when nothing else reads its result. What follows goes along while
-       nothing else reads what it reads, it keeps the shape, and its other operands stand before the first
-       product.
+       are few and known (or any, where a recipe rounds the weights). A norm goes along when nothing else reads
+       its result. What follows goes along while nothing else reads what it reads, it keeps the shape, and its
+       other operands stand before the first product.
 Exact  in real arithmetic: sums are taken in another order, and in half precision a kernel rounds once, at the
        end.
 Pays   where reading the weights is the time: one pass over them for several products, no launch and no pass
@@ -28,6 +28,7 @@ from torch import fx
 from sparsecc.passes.analysis.alias import Aliases, aliases
 from sparsecc.passes.analysis.norms import as_norm
 from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.sites import site_name
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
 from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
@@ -41,6 +42,7 @@ from sparsecc.passes.base import (
     Saving,
     nbytes,
 )
+from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.expressions import evaluate
 from sparsecc.runtime.ops.few_rows import Spec, few_rows, meaning
 
@@ -83,7 +85,14 @@ class Region:
 
 @dataclass(frozen=True)
 class FuseFewRows(RegionPass):
-    """Fuse products of a few rows with the norm before and what follows."""
+    """Fuse products of a few rows with the norm before and what follows.
+
+    Attributes:
+        recipe: products whose weights it rounds are fused for any number of rows: integer kernels are made for
+            that, and rows are then rounded once for all products that read them.
+    """
+
+    recipe: Recipe | None = None
 
     name: ClassVar[str] = "fuse-few-rows"
     family: ClassVar[str] = "linear"
@@ -128,13 +137,22 @@ class FuseFewRows(RegionPass):
                 return refusal
         x: Any = first.args[0]
         sizes = x.meta["val"].shape[:-1]
-        if not all(isinstance(s, int) for s in sizes) or not 1 <= sizes.numel() <= MOST_ROWS:
+        few = all(isinstance(s, int) for s in sizes) and 1 <= sizes.numel() <= MOST_ROWS
+        if not few and not self._are_rounded(linears, context):
             return Refusal.at(first, "rows", f"{self.refusals['rows']}: {list(sizes)}")
         region = match.nodes["region"] = _grow(linears, context.analyses.get(weight_values))
         match.note = " | ".join([region.norm, *region.spec().outputs])
         return _place_refusal(region, context, self.refusals) or self.unworthy(
             first, region.weights
         )
+
+    def _are_rounded(self, linears: Sequence[fx.Node], context: Context) -> bool:
+        """Whether the recipe rounds every weight of ``linears``."""
+        if self.recipe is None:
+            return False
+        weights = context.analyses.get(weight_values)
+        names = (site_name(context.program, node.args[1], weights) for node in linears)  # type: ignore[arg-type]
+        return all(name in self.recipe.sites for name in names)
 
     def rewrite(self, match: Match, context: Context) -> None:
         program = context.program

@@ -11,6 +11,14 @@ from torch._ops import OpOverload
 _LIBRARY = torch.library.Library("sparsecc", "FRAGMENT")
 
 
+def define_meaning(name: str, signature: str, meaning: Callable[..., Any]) -> OpOverload:
+    """The composite operator ``name``: wherever it is traced through, it is its meaning, in ATen."""
+    _LIBRARY.define(name + signature)
+    _LIBRARY.impl(name, meaning, "CompositeImplicitAutograd")
+    composite: OpOverload = getattr(torch.ops.sparsecc, name).default
+    return composite
+
+
 def define(
     name: str, signature: str, meaning: Callable[..., Any], shapes: Callable[..., Any]
 ) -> tuple[OpOverload, OpOverload]:
@@ -21,10 +29,8 @@ def define(
         shapes: the results of the second one as empty tensors, for fake ones. It is opaque, and its devices
             register what runs it.
     """
-    _LIBRARY.define(name + signature)
+    composite = define_meaning(name, signature, meaning)
     _LIBRARY.define(f"{name}_native{signature}")
-    _LIBRARY.impl(name, meaning, "CompositeImplicitAutograd")
     torch.library.register_fake(f"sparsecc::{name}_native", shapes, lib=_LIBRARY)
-    packets = (getattr(torch.ops.sparsecc, each) for each in (name, f"{name}_native"))
-    composite, native = (packet.default for packet in packets)
+    native: OpOverload = getattr(torch.ops.sparsecc, f"{name}_native").default
     return composite, native

@@ -80,6 +80,7 @@ class Verdict:
     passed: bool
     tensors: list[TensorError] = field(default_factory=list)
     algebra: float = 0.0  # largest relative difference of the two programs, both in fp64
+    loss: float | None = None  # of a lossy program: relative root mean square error, both in fp64
     skipped: str = ""  # why nothing could be checked
     diverges: str = ""  # first node whose fp64 value differs
     diverges_where: str = ""

@@ -108,7 +108,10 @@ def verdict_words(verdict: Verdict) -> str:
         return f"not checked: {verdict.skipped}"
     words = []
     if verdict.tensors:
-        words.append(f"worst error {verdict.worst_ratio:.2f}× eager's own")
+        own = "eager's own" if verdict.loss is None else "that of the rounded program in fp64"
+        words.append(f"worst error {verdict.worst_ratio:.2f}× {own}")
+    if verdict.loss is not None:
+        words.append(f"lossy by {verdict.loss:.2e} of the outputs")
     words.append(f"algebra {verdict.algebra:.1e} apart in fp64")
     return "; ".join(words)
 

@@ -80,7 +80,9 @@ def compiled(build: Builder, case: Case, through_dynamo: int) -> Case:
 
 def rewritten(build: Builder, case: Case) -> Case:
     """Which passes run, in which order, and whether the weights change after it."""
-    drawn = [n for n in registry.REWRITES if n not in registry.FOR_KERNELS]
+    drawn = [
+        n for n in registry.REWRITES if n not in {*registry.FOR_KERNELS, *registry.FOR_RECIPES}
+    ]
     names = [n for n in drawn if not (case.train and n in NOT_IN_TRAINING)]
     chosen = [n for n in names if not build.chance(3)] or names
     untie: dict[str, Any] = {"untie": True} if build.chance(2) else {}

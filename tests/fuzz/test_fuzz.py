@@ -66,6 +66,10 @@ RARE = {
     ("push-affine", "region"),
     ("push-affine", "written"),
     ("fuse-few-rows", "region"),
+    ("fuse-few-rows", "small"),  # these four: by options that are not drawn
+    ("fuse-few-rows", "device"),
+    ("fuse-rows", "small"),
+    ("fuse-rows", "device"),
     ("fuse-rows", "large"),
     ("fuse-rows", "written"),
     ("layernorm-to-crmsnorm", "drop"),  # an option that is not drawn
@@ -155,8 +159,8 @@ def _kind(name: str) -> Any:
     return {"linear": maps, "batchnorm": images}.get(registry.load(name).family, blocks)
 
 
-# No program that is drawn keeps a cache: tests/passes/kv try this one.
-NOT_DRAWN = {"fuse-cached-attention"}
+# No program that is drawn keeps a cache, and none has a recipe: tests/passes try these.
+NOT_DRAWN = {"fuse-cached-attention", *registry.FOR_RECIPES}
 
 
 @pytest.mark.slow

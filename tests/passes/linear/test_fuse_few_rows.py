@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sparsecc import pipeline
 from sparsecc.options import Options
+from sparsecc.recipe import Recipe
 from sparsecc.report.model import GraphReport
 
 NAME = "fuse-few-rows"
@@ -287,3 +288,18 @@ def test_the_kernel_is_what_runs() -> None:
     calls = [event.name for event in profile.events()]
     assert calls.count("sparsecc::few_rows_native") == 5
     assert not [c for c in calls if "linear" in c or "norm" in c]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_any_number_of_rows_where_a_recipe_rounds_all_weights(dynamic: bool) -> None:
+    model = randomise(Block()).eval()
+    names = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    recipe = Recipe("by hand", sites={f"{name}.weight": "int8" for name in names - {"head"}})
+    passes = {NAME: {"recipe": recipe}}
+    with torch.no_grad():
+        for rows in (17, 40):
+            x = torch.randn(2, rows, D)
+            result, report = run(model, x, passes=passes, dynamic=dynamic)
+            agrees_with_fp64(model, x, result)
+            assert report[NAME].applied == 4
+            assert [m.code for m in report[NAME].refusals] == ["rows"]  # the head's

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from heads import Attention
+from quant_models import Net, Pair, Tokens
 from support import (
     capture,
     check_exact,
@@ -36,46 +37,6 @@ from sparsecc.report.model import GraphReport
 NAME = "balance-channels"
 ONLY: dict[str, Any] = {"passes": [NAME]}
 X = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1))
-
-
-class Net(nn.Module):
-    """Every kind of link once: norm-linear (twice), q-k, v-o, up-down, linear-linear."""
-
-    def __init__(self, d: int = 16, kv: int = 2) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(d), nn.RMSNorm(d)
-        self.q, self.o = nn.Linear(d, d), nn.Linear(d, d, bias=False)
-        self.k, self.v = nn.Linear(d, 4 * kv), nn.Linear(d, 4 * kv)
-        self.gate, self.up = nn.Linear(d, 24, bias=False), nn.Linear(d, 24, bias=False)
-        self.down = nn.Linear(24, d)
-        self.hidden, self.head = nn.Linear(d, 12), nn.Linear(12, 7)
-
-    def forward(self, x):
-        y = self.norm1(x)
-        q, k, v = (p(y).unflatten(-1, (-1, 4)).transpose(1, 2) for p in (self.q, self.k, self.v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        x = x + self.o(y.transpose(1, 2).flatten(2))
-        y = self.norm2(x)
-        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
-        return self.head(F.relu(self.hidden(x)))
-
-
-class Tokens(Net):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(20, 16)
-
-    def forward(self, tokens):
-        return super().forward(self.embed(tokens))
-
-
-class Pair(nn.Module):
-    def __init__(self, act: Any = F.relu) -> None:
-        super().__init__()
-        self.a, self.b, self.act = nn.Linear(16, 12), nn.Linear(12, 8), act
-
-    def forward(self, x):
-        return self.b(self.act(self.a(x)))
 
 
 LINKS = 6
