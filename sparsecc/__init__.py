@@ -15,39 +15,50 @@ __version__ = "0.1.0"
 _LAZY = {
     "rewrite": "sparsecc.export",
     "bake": "sparsecc.export",
+    "calibrate": "sparsecc.calibration",
     "explain": "sparsecc.inspection",
     "verify": "sparsecc.inspection",
     "Report": "sparsecc.report.model",
+    "Recipe": "sparsecc.recipe",
     "Options": "sparsecc.options",
     "Program": "sparsecc.program",
     "Exactness": "sparsecc.passes.base",
     "Pass": "sparsecc.passes.base",
     "SparseccError": "sparsecc.errors",
     "OptionsError": "sparsecc.errors",
+    "CalibrationError": "sparsecc.errors",
+    "RecipeError": "sparsecc.errors",
     "RequirementError": "sparsecc.errors",
     "VerificationError": "sparsecc.errors",
 }
 
 __all__ = [
+    "CalibrationError",
     "Exactness",
     "Options",
     "OptionsError",
     "Pass",
     "Program",
+    "Recipe",
+    "RecipeError",
     "Report",
     "RequirementError",
     "SparseccError",
     "VerificationError",
     "__version__",
     "bake",
+    "calibrate",
     "explain",
     "rewrite",
     "verify",
 ]
 
 if TYPE_CHECKING:
+    from sparsecc.calibration import calibrate
     from sparsecc.errors import (
+        CalibrationError,
         OptionsError,
+        RecipeError,
         RequirementError,
         SparseccError,
         VerificationError,
@@ -57,6 +68,7 @@ if TYPE_CHECKING:
     from sparsecc.options import Options
     from sparsecc.passes.base import Exactness, Pass
     from sparsecc.program import Program
+    from sparsecc.recipe import Recipe
     from sparsecc.report.model import Report
 
 

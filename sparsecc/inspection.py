@@ -102,7 +102,7 @@ def _compile_and_run(
     before = Counter(_torch.graph_breaks())
     with _torch.throwaway_compile(), _mode_of(model):
         try:
-            compiled: Any = torch.compile(_fresh_caller(), backend=backend)
+            compiled: Any = torch.compile(fresh_caller(), backend=backend)
             compiled(model, args, kwargs)
         except VerificationError as error:
             error.report = report  # type: ignore[attr-defined]
@@ -111,7 +111,7 @@ def _compile_and_run(
     report.graph_breaks = sorted(Counter(_torch.graph_breaks()) - before)
 
 
-def _fresh_caller() -> Any:
+def fresh_caller() -> Any:
     """A function with a code object of its own: Dynamo keeps compiled graphs, and counts them against its
     limit, per code object, and those of a look must not stay on the user's ``forward``."""
 

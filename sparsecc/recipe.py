@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +70,7 @@ class Recipe:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
 
-        target = _json_path(path)
+        target = json_path(path)
         data: dict[str, Any] = {"version": VERSION}
         tensors: dict[str, torch.Tensor] = {}
         for name, value in vars(self).items():
@@ -84,8 +84,8 @@ class Recipe:
         try:
             text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
             beside = target.with_suffix(".safetensors")
-            _whole(beside, lambda part: save_file(tensors, str(part)))
-            _whole(target, lambda part: part.write_text(text, encoding="utf-8"))
+            write_whole(beside, lambda part: save_file(tensors, str(part)))
+            write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise RecipeError(
                 f"recipe {target}: {type(error).__name__}: {first_line(error)}"
@@ -101,7 +101,7 @@ class Recipe:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        target = _json_path(path)
+        target = json_path(path)
         try:
             data = json.loads(target.read_text(encoding="utf-8"))
             if not isinstance(data, dict) or data.pop("version", None) != VERSION:
@@ -150,14 +150,19 @@ def as_recipe(value: Any) -> Recipe | None:
     raise RecipeError(f"a recipe is a sparsecc.Recipe or the path of one, not {value!r}.")
 
 
-def _json_path(path: str | os.PathLike[str]) -> pathlib.Path:
+def json_path(path: str | os.PathLike[str]) -> pathlib.Path:
+    """``path``, which must end in .json: the tensors lie beside it.
+
+    Raises:
+        RecipeError: it ends otherwise.
+    """
     target = pathlib.Path(path)
     if target.suffix != ".json":
-        raise RecipeError(f"recipe {target}: the path must end in .json.")
+        raise RecipeError(f"{target}: the path must end in .json.")
     return target
 
 
-def _whole(target: pathlib.Path, write: Any) -> None:
+def write_whole(target: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Write beside the target and move into place: a reader never meets half a file."""
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:

@@ -83,12 +83,12 @@ def gather(passes: str | None, pairs: Sequence[str] | None) -> dict[str, Any]:
         key, equals, value = pair.partition("=")
         if not equals:
             raise OptionsError(f"--option takes KEY=VALUE, not {pair!r}.")
-        options[key.strip()] = _value(value)
+        options[key.strip()] = value_of(value)
     Options.parse(options)
     return options
 
 
-def _value(text: str) -> Any:
+def value_of(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:

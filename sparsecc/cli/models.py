@@ -10,7 +10,7 @@ import pathlib
 import sys
 import traceback
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,16 +64,47 @@ def load(spec: str, seed: int = 0) -> LoadedModel:
 # ---- module:factory ------------------------------------------------------------------------------
 
 
-def _from_factory(module_name: str, attribute: str, seed: int) -> LoadedModel:
+def load_data(spec: str, seed: int = 0) -> Any:
+    """What ``module:function`` returns, or the iterable that it names.
+
+    Raises:
+        ModelError: nothing there, or it is no iterable.
+    """
+    module_name, colon, attribute = spec.partition(":")
+    if not colon or not module_name or not attribute:
+        raise ModelError(f"{spec!r} is no data. Give module:function, which returns batches.")
+    target = _named(module_name, attribute, seed)
+    if callable(target):
+        target = _called(spec, target, seed)
+    if not isinstance(target, Iterable):
+        raise ModelError(f"{spec} gives {type(target).__name__}, which is no iterable of batches.")
+    return target
+
+
+def _named(module_name: str, attribute: str, seed: int) -> Any:
     import torch
 
     torch.manual_seed(seed)  # for what the module makes as it is imported
-    module = _import(module_name)
-    target: Any = module
+    target: Any = _import(module_name)
     for part in attribute.split("."):
         if not hasattr(target, part):
             raise ModelError(_absent(module_name, part, target))
         target = getattr(target, part)
+    return target
+
+
+def _called(spec: str, target: Any, seed: int) -> Any:
+    import torch
+
+    torch.manual_seed(seed)  # the import may have drawn numbers, and happens once only
+    try:
+        return target()
+    except Exception as error:
+        raise ModelError(f"{spec}() failed: {_words(error)}") from error
+
+
+def _from_factory(module_name: str, attribute: str, seed: int) -> LoadedModel:
+    target = _named(module_name, attribute, seed)
     spec = f"{module_name}:{attribute}"
     if _is_model(target):
         return _notes(LoadedModel(target))
@@ -82,12 +113,7 @@ def _from_factory(module_name: str, attribute: str, seed: int) -> LoadedModel:
             f"{spec} is of type {type(target).__name__}, which cannot be called. "
             "Name a function that returns a model, or (model, args), or (model, args, kwargs)."
         )
-    torch.manual_seed(seed)  # the import may have drawn numbers, and happens once only
-    try:
-        made = target()
-    except Exception as error:
-        raise ModelError(f"{spec}() failed: {_words(error)}") from error
-    return _notes(_unpack(spec, made))
+    return _notes(_unpack(spec, _called(spec, target, seed)))
 
 
 def _import(name: str) -> Any:

@@ -1,0 +1,156 @@
+"""``sparsecc calibrate MODEL``: a recipe of quantization from example data."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import pathlib
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparsecc.cli import common
+from sparsecc.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from sparsecc.recipe import Recipe
+
+Output = Annotated[
+    pathlib.Path,
+    typer.Option("--output", "-o", help="The recipe: a .json file; tensors go beside it."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="A function that returns batches. Without it: the model's own inputs.",
+    ),
+]
+Methods = Annotated[
+    str, typer.Option(metavar="A,B", help="Methods to try (see docs/calibration.md).")
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method-option",
+        metavar="METHOD.KEY=VALUE",
+        help="An option of a method; the value is JSON or plain text. Repeatable.",
+    ),
+]
+Budget = Annotated[
+    float | None, typer.Option(help="The largest value of the metric; 0 is no loss.")
+]
+MetricName = Annotated[str, typer.Option(help="kl, rmse, agreement or perplexity.")]
+HeldBack = Annotated[float, typer.Option(help="Share of the batches that measures.")]
+Latency = Annotated[
+    pathlib.Path | None,
+    typer.Option(help="Save time instead of bytes: JSON, layer -> format -> seconds."),
+]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to leave alone. Repeatable."),
+]
+Require = Annotated[
+    bool, typer.Option("--require", help="Fail where no layer can be quantized within the budget.")
+]
+Page = Annotated[
+    pathlib.Path | None, typer.Option("--report", help="Write the search as a page: .html.")
+]
+
+
+def command(
+    model: common.Model,
+    output: Output,
+    data: Data = None,
+    methods: Methods = "int8",
+    method_option: MethodOptions = None,
+    budget: Budget = None,
+    metric: MetricName = "kl",
+    held_back: HeldBack = 0.2,
+    latency: Latency = None,
+    skip: Skip = None,
+    require: Require = False,
+    report: Page = None,
+    passes: common.Passes = None,
+    option: common.OptionPairs = None,
+    json: common.Json = False,
+    seed: common.Seed = 0,
+    verbose: common.Verbose = False,
+    debug: common.Debug = False,
+) -> None:
+    """Observe a model over example data and write a recipe for quantizing its linear layers."""
+    if output.suffix != ".json":
+        raise CalibrationError(f"--output is a .json file, not {str(output)!r}.")
+    if not output.parent.is_dir():  # said before the work and not after it
+        raise CalibrationError(f"--output: there is no folder {str(output.parent)!r}.")
+    chosen = _methods(methods, method_option or [])
+    table = None if latency is None else _table(latency)
+    options = common.gather(passes, option)
+    loaded, _ = common.prepare(model, options, seed)
+    from sparsecc.calibration import calibrate
+    from sparsecc.cli.models import load_data
+    from sparsecc.report.frontier import frontier, text
+
+    if data is None:
+        common.note("no --data: the model's example inputs are the only batch.")
+    batches = [loaded.kwargs or loaded.args] if data is None else load_data(data, seed)
+    recipe = calibrate(
+        loaded.model,
+        batches,
+        methods=chosen,
+        budget=budget,
+        metric=metric,
+        held_back=held_back,
+        target="bytes" if table is None else "latency",
+        latency=table,
+        skip=skip or (),
+        require=require,
+        options=options,
+    )
+    recipe.about["model"] = model
+    recipe.save(output)
+    common.note(f"wrote {output}")
+    if report is not None:
+        common.emit(frontier(recipe), report)
+    if json:
+        common.emit(jsonlib.dumps(_facts(recipe), indent=2, ensure_ascii=False) + "\n")
+    else:
+        common.show(text(recipe))
+
+
+command.__name__ = "calibrate"
+
+
+def _methods(names: str, pairs: list[str]) -> dict[str, dict[str, Any]]:
+    """Methods with their options.
+
+    Raises:
+        CalibrationError: a pair is of another form, or of a method that is not tried.
+    """
+    chosen: dict[str, dict[str, Any]] = {n.strip(): {} for n in names.split(",") if n.strip()}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        method, dot, name = key.strip().partition(".")
+        if not equals or not dot or method not in chosen:
+            raise CalibrationError(
+                f"--method-option takes METHOD.KEY=VALUE of a method in --methods, not {pair!r}."
+            )
+        chosen[method][name] = common.value_of(value)
+    return chosen
+
+
+def _table(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    try:
+        found = jsonlib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"--latency {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, dict) for v in found.values()):
+        raise CalibrationError(
+            f"--latency {str(path)!r} is no table of layer -> format -> seconds."
+        )
+    return found
+
+
+def _facts(recipe: Recipe) -> dict[str, Any]:
+    """What can be said without tensors."""
+    names = ("method", "sites", "shapes", "activations", "options", "budget", "tried", "about")
+    return {name: getattr(recipe, name) for name in (*names, "versions")}

@@ -1,0 +1,47 @@
+"""Methods of post-training quantization: each takes observations and options, and returns a recipe.
+
+A method is a pure function in a file of its own: it decides numbers and touches no model.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sparsecc.errors import CalibrationError, unknown
+
+if TYPE_CHECKING:
+    from sparsecc.observations import Observations
+    from sparsecc.recipe import Recipe
+
+# name -> the module in this folder and the function in it, options that the name stands for.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("int8", {}),
+    "w8a8": ("w8a8", {}),
+    "smoothquant": ("smoothquant", {}),
+    "outliertune": ("outliertune", {}),
+    "repq": ("repq", {}),
+    "int4": ("int4", {}),
+    "awq": ("awq", {}),
+    "lorc": ("lorc", {}),
+}
+
+
+def make(name: str, observations: Observations, **options: Any) -> Recipe:
+    """The recipe of a method.
+
+    Raises:
+        CalibrationError: no such method or option; the message names the nearest one.
+    """
+    if name not in METHODS:
+        raise CalibrationError(unknown("method", name, METHODS))
+    where, given = METHODS[name]
+    module = importlib.import_module(f"sparsecc.methods.{where}")
+    function = getattr(module, where)
+    known = list(function.__annotations__)[1:-1]
+    for option in options:
+        if option not in known:
+            raise CalibrationError(unknown(f"option of method {name!r}:", option, known))
+    recipe: Recipe = function(observations, **{**given, **options})
+    recipe.about |= {"fingerprint": observations.fingerprint}
+    return recipe

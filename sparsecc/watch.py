@@ -1,0 +1,209 @@
+"""Running a model with someone at every linear layer: what observation and simulation share.
+
+The model runs eagerly, as the default passes leave it: weights are folded, sites have the names that a recipe
+gives them, and no kernel hides the input of a layer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from sparsecc import _torch, pipeline
+from sparsecc.capture import from_dynamo
+from sparsecc.errors import PassError, SparseccError, first_line
+from sparsecc.hoist import hoist
+from sparsecc.inspection import fresh_caller
+from sparsecc.log import log
+from sparsecc.options import Options
+from sparsecc.passes.analysis.linear import Linear
+from sparsecc.passes.analysis.links import Link
+from sparsecc.passes.analysis.sites import named_links, site_name, sites
+from sparsecc.passes.analysis.weights import WeightValues, weight_values
+from sparsecc.passes.base import Analyses
+from sparsecc.program import Program
+from sparsecc.report.model import GraphReport
+
+aten = torch.ops.aten
+
+# What is no matter of a model's values, or would change them.
+_OWN = ("lower", "codegen", "recipe", "report", "verify", "dump", "require", "keep_stages")
+
+
+@dataclass(frozen=True)
+class LinkFacts:
+    """A link, by sites.
+
+    Attributes:
+        name: of the link (``passes/analysis/sites.py``).
+        kind: "norm-linear", "linear-linear", "v-o", "up-down" or "q-k".
+        size: its channels.
+        consumers: site -> the channel of each column (of q-k: of each row), -1 where it has none.
+        producers: site -> the channel of each row; norms and convolutions are not among them.
+        carries_scale, carries_shift: whether a scale, and a shift too, may move.
+        whole: whether every consumer is a site.
+    """
+
+    name: str
+    kind: str
+    size: int
+    consumers: dict[str, tuple[int, ...]]
+    producers: dict[str, tuple[int, ...]]
+    carries_scale: bool
+    carries_shift: bool
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class At:
+    """A place where a site runs: its name, the sites that read the same value, whether it is the first."""
+
+    site: str
+    group: str
+    first: bool
+
+
+class Visitor(Protocol):
+    """Who stands at the linear layers."""
+
+    def graph(self, found: Sequence[str], links: Mapping[str, LinkFacts]) -> None:
+        """A graph was captured, with these sites and links."""
+
+    def site(self, at: At, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor | None:
+        """A site is about to run; a result stands for its own."""
+
+
+@contextlib.contextmanager
+def watched(
+    model: Any, visitor: Visitor, options: Mapping[str, Any] | None = None
+) -> Iterator[Callable[[tuple[Any, ...], dict[str, Any]], Any]]:
+    """The model as a function of ``(args, kwargs)`` that shows ``visitor`` every site. Without gradients.
+
+    Args:
+        options: of the backend, as for ``torch.compile``; those that say how graphs are lowered are ours.
+    Raises:
+        OptionsError: an option, pass or value does not exist.
+    """
+    given = {k: v for k, v in (options or {}).items() if k not in _OWN}
+    chosen = Options.parse({**given, "lower": "eager", "codegen": "aten"})
+    graphs = 0
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **_: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        try:
+            return WatchedGraph(_program(gm, example_inputs, chosen, graphs - 1), visitor)
+        except SparseccError as error:
+            if chosen.strict:
+                raise
+            log.warning("graph %d is not calibrated: %s", graphs - 1, error)
+            return gm.forward
+
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    with _torch.throwaway_compile(), torch.no_grad():
+        compiled: Any = torch.compile(fresh_caller(), backend=backend)
+        yield lambda args, kwargs: compiled(model, args, kwargs)
+
+
+def _program(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, index: int
+) -> Program:
+    try:
+        program = from_dynamo(gm, example_inputs)
+        pipeline.run(program, options, GraphReport(index))
+        return program
+    except (SparseccError, *_torch.RESTARTS):
+        raise
+    except Exception as error:  # a defect of ours; the rest of the model can be calibrated
+        raise PassError(f"{type(error).__name__}: {first_line(error)}") from error
+
+
+class WatchedGraph:
+    """A program as a function that shows ``visitor`` its sites; weights are folded when they change."""
+
+    def __init__(self, program: Program, visitor: Visitor) -> None:
+        analyses = Analyses(program)
+        readers: dict[fx.Node, list[tuple[str, fx.Node]]] = {}
+        for site in sites(program, analyses):
+            if site.node.target is aten.linear.default:
+                readers.setdefault(site.node.all_input_nodes[0], []).append((site.name, site.node))
+        self.sites: dict[str, At] = {}
+        for read in readers.values():
+            group = ", ".join(sorted({name for name, _ in read}))
+            for i, (name, node) in enumerate(read):
+                self.sites[node.name] = At(name, group, i == 0)
+        names = {at.site for at in self.sites.values()}
+        visitor.graph(sorted(names), link_facts(program, analyses, names))
+        self.visitor = visitor
+        self.hoisted = None if program.recomputes else hoist(program)
+        self.main = program if self.hoisted is None else self.hoisted.main
+        self.sources: list[Any] = []
+        self.folded: list[torch.Tensor] = []
+
+    def __call__(self, *args: Any) -> Any:
+        inputs = args
+        if self.hoisted is not None:
+            sources = [args[i] for i in self.hoisted.sources]
+            same = len(sources) == len(self.sources)
+            if not same or any(a is not b for a, b in zip(sources, self.sources, strict=True)):
+                self.sources, self.folded = sources, self.hoisted.evaluate(sources)
+            inputs = (*[args[i] for i in self.hoisted.keep], *self.folded)
+        return _Interpreter(self).run(*inputs)
+
+
+class _Interpreter(fx.Interpreter):
+    def __init__(self, graph: WatchedGraph) -> None:
+        super().__init__(graph.main.module, garbage_collect_values=True)
+        self.extra_traceback = False  # an error says which site it is; the node's name is of no use
+        self.watched = graph
+
+    def run_node(self, n: fx.Node) -> Any:
+        at = self.watched.sites.get(n.name)
+        if at is None:
+            return super().run_node(n)
+        args, _ = self.fetch_args_kwargs_from_env(n)
+        x, weight, bias = (*args, None)[:3]
+        result = self.watched.visitor.site(at, x, weight, bias)
+        return super().run_node(n) if result is None else result
+
+
+def link_facts(
+    program: Program, analyses: Analyses, names: set[str] | frozenset[str]
+) -> dict[str, LinkFacts]:
+    """The links of a program whose consumers are layers with a name; ``names``: those that are sites."""
+    weights = analyses.get(weight_values)
+    found = {}
+    for name, link in analyses.get(named_links).items():
+        consumers, twice = _by_site(program, link, weights, producers=False)
+        producers, _ = _by_site(program, link, weights, producers=True)
+        found[name] = LinkFacts(
+            name,
+            link.kind,
+            link.size,
+            {site: channels for site, channels in consumers.items() if site in names},
+            {site: channels for site, channels in producers.items() if site in names},
+            link.carries_scale,
+            link.carries_shift,
+            not twice and set(consumers) <= names,
+        )
+    return found
+
+
+def _by_site(
+    program: Program, link: Link, weights: WeightValues, *, producers: bool
+) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Channels by site, and whether a site stands twice."""
+    found: dict[str, tuple[int, ...]] = {}
+    twice = False
+    for side in link.producers if producers else link.consumers:
+        if isinstance(side.of, Linear):
+            name = site_name(program, side.of.weight, weights)
+            twice = twice or name in found
+            found[name] = tuple(side.channels)
+    return found, twice
