@@ -14,9 +14,9 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 EXTRAS := dev,models,triton,mlir
 
-# Pass options to the tools: make test PYTEST_ARGS="-k norm -x" TEST_JOBS=2
+# Pass options to the tools: make test PYTEST_ARGS="-k norm -x" TEST_JOBS=0
 PYTEST_ARGS ?=
-TEST_JOBS ?= 0
+TEST_JOBS ?= 2
 BENCH_ARGS ?=
 DEMO_ARGS ?=
 FUZZ_ARGS ?= --jobs 2
@@ -83,7 +83,7 @@ conformance: setup assets ## Judge PyTorch's databases and the model zoos (hours
 
 .PHONY: test
 test: setup assets lint types ## Lint, type-check and run the tests
-	$(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest --numprocesses $(TEST_JOBS) --dist loadfile $(PYTEST_ARGS)
 
 .PHONY: fuzz
 fuzz: setup ## Try random programs until interrupted (FUZZ_ARGS="--cases 1000 --seed 7 --jobs 2")

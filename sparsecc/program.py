@@ -78,6 +78,7 @@ class Program:
         trains: whether gradients may flow through this program.
         transient: whether its weights are filled anew for each call (FSDP gathers them), so that nothing
             computed from them may be kept.
+        migrated: the links of a recipe along which channels were scaled or shifted.
     """
 
     module: fx.GraphModule
@@ -87,6 +88,7 @@ class Program:
     trains: bool = False
     transient: bool = False
     version: int = 0
+    migrated: set[str] = field(default_factory=set)
 
     @property
     def recomputes(self) -> bool:
@@ -137,6 +139,7 @@ class Program:
             self.trains,
             self.transient,
             self.version,
+            set(self.migrated),
         )
 
     # ---- edits: all passes go through these, so that metadata is never lost ----------------------

@@ -37,7 +37,7 @@ class Recipe:
         shapes: site -> [N, K] of its weight; a model that has another one is not this recipe's.
         scales: link -> s fp32 [channels], positive: producers ÷ s, consumers × s, before anything is rounded.
         shifts: link -> z fp32 [channels]: producers − z, consumers' biases + Wz.
-        clips: site -> the largest magnitude that its weight keeps, fp32 [N, groups].
+        clips: site -> the share of its largest magnitude that each group of a row keeps, fp32 [N, groups].
         activations: site -> the step s of its input, one number for the tensor: q = round(y / s).
         corrections: site -> (U [N, r], V [r, K]), fp32: what is added to the rounded weight.
         options: of the method.
@@ -121,6 +121,14 @@ class Recipe:
                 getattr(recipe, kind)[key] = tensor
         recipe.corrections = {key: (found[0], found[1]) for key, found in pairs.items()}
         return recipe
+
+    def links_of(self, site: str) -> set[str]:
+        """The links whose scales or shifts the numbers of ``site`` were chosen behind."""
+        return {
+            link
+            for link in {**self.scales, **self.shifts}
+            if site in link.partition(": ")[2].split(", ")
+        }
 
     def check(self, shapes: Mapping[str, Any]) -> None:
         """Compare ``shapes`` (site -> shape of its weight, of a graph's sites) with this recipe's.

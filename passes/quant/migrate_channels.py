@@ -85,6 +85,7 @@ class MigrateChannels(Pass):
             if name in vectors:
                 vector = program.constant(vectors[name].float(), like=link.node, origin=self.name)
                 migrate(program, link, vector, self.name)
+        program.migrated.add(name)
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -65,6 +65,8 @@ class QuantizeLinear(Pass):
         "gathered": "FSDP gathers the weights anew for each call: they would be rounded in each",
         "dtype": "input, weight and bias are not all of one dtype of float32, bfloat16, float16",
         "size": "the features are no multiple of the format's group, or too many for its sums",
+        "unmigrated": "the recipe rounds it behind scales or shifts that this graph does not carry (those "
+        "of v where a cache is written, say: calibrate with the cache)",
         "region": "under autocast, which narrows the product",
     }
 
@@ -115,6 +117,13 @@ class QuantizeLinear(Pass):
                 return Refusal.at(value, "dtype", words["dtype"])
         self._steps(match.nodes["sites"])
         for site in match.nodes["sites"]:
+            missing = self.recipe.links_of(site.name) - context.program.migrated
+            if missing:
+                return Refusal.at(
+                    site.weight,
+                    "unmigrated",
+                    f"{words['unmigrated']}: {', '.join(sorted(missing))}",
+                )
             try:
                 Format.of(self.recipe.sites[site.name]).check_size(site.shape[1])
             except ValueError as error:

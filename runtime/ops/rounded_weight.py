@@ -13,19 +13,32 @@ def meaning(weight: torch.Tensor, clip: torch.Tensor | None, form: str, part: in
 
     Args:
         weight: ``[N, K]``, of any float dtype.
-        clip: ``[N, groups]``, the largest magnitude that each group of a row keeps; None keeps all.
+        clip: as of :func:`clipped`; None clips nothing.
 
     Raises:
         ValueError: the format is unknown, K is not one of its sizes, or the groups do not divide K.
     """
-    if clip is not None:
-        rows, groups = clip.shape
-        if weight.shape[0] != rows or weight.shape[1] % groups:
-            raise ValueError(f"clip {list(clip.shape)} does not fit a weight {list(weight.shape)}")
-        size = weight.shape[1] // groups
-        limit = clip.to(weight.dtype).repeat_interleave(size, 1)
-        weight = torch.minimum(torch.maximum(weight, -limit), limit)
+    weight = weight if clip is None else clipped(weight, clip)
     return formats.quantize(weight, form)[part]
+
+
+def clipped(weight: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
+    """``weight`` with no magnitude above ``clip`` times the largest of its group.
+
+    Args:
+        weight: ``[N, K]``.
+        clip: ``[N, groups]``, shares of 0 … 1, which hold whatever the rows are scaled by.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
+    rows, groups = clip.shape
+    if weight.shape[0] != rows or weight.shape[1] % groups:
+        raise ValueError(f"clip {list(clip.shape)} does not fit a weight {list(weight.shape)}")
+    split = weight.unflatten(1, (groups, -1))
+    limit = (clip.to(weight.dtype) * split.abs().amax(-1))[..., None]
+    kept: torch.Tensor = torch.minimum(torch.maximum(split, -limit), limit).flatten(1)
+    return kept
 
 
 rounded_weight = define_meaning(

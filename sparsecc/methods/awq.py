@@ -21,6 +21,7 @@ from sparsecc.methods.int4 import formats
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import dequantize, quantize
+from sparsecc.runtime.ops.rounded_weight import clipped
 from sparsecc.watch import LinkFacts
 
 STEPS = 20
@@ -97,7 +98,7 @@ def _loss(
 
 
 def clips(observations: Observations, recipe: Recipe, site: str) -> torch.Tensor:
-    """The largest magnitude that each group of each row keeps, fp32 [N, groups]; rows of q and k keep all."""
+    """The share of its largest magnitude that each group of a row keeps, fp32 [N, groups]; q and k keep all."""
     form = stored(recipe.sites[site])
     weight = migrated(observations, recipe, site).float()
     scale, shift = (v.float() for v in columns(observations, recipe, site))
@@ -115,18 +116,16 @@ def clips(observations: Observations, recipe: Recipe, site: str) -> torch.Tensor
 def _clip(weight: torch.Tensor, gram: torch.Tensor, form: str, free: torch.Tensor) -> torch.Tensor:
     groups, size = gram.shape[:2]
     split = weight.unflatten(1, (groups, size))  # [n, groups, group]
-    largest = split.abs().amax(-1)
-    best = largest.clone()
-    least = torch.full_like(largest, torch.inf)
+    best = torch.ones_like(split[..., 0])
+    least = torch.full_like(best, torch.inf)
     for i in range(CLIPS):
-        limit = largest * (1 - i / STEPS)
-        clipped = torch.minimum(torch.maximum(split, -limit[..., None]), limit[..., None])
-        kept = dequantize(form, quantize(clipped.flatten(1), form), torch.float32)
+        share = torch.full_like(best, 1 - i / STEPS)
+        kept = dequantize(form, quantize(clipped(weight, share), form), torch.float32)
         wrong = (kept.unflatten(1, (groups, size)) - split).transpose(0, 1)  # [groups, n, group]
         error = ((wrong @ gram) * wrong).sum(-1).T
         better = error < least
-        best, least = torch.where(better, limit, best), torch.minimum(error, least)
-    return torch.where(free[:, None], best, largest)
+        best, least = torch.where(better, share, best), torch.minimum(error, least)
+    return torch.where(free[:, None], best, 1.0)
 
 
 def not_scored(observations: Observations, site: str) -> torch.Tensor:

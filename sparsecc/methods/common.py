@@ -135,14 +135,6 @@ def migrated(observations: Observations, recipe: Recipe, site: str) -> torch.Ten
     return observations.weight(site).double() * scale / by[:, None]
 
 
-def clipped(weight: torch.Tensor, clip: torch.Tensor | None) -> torch.Tensor:
-    """``weight`` [N, K] with no magnitude above ``clip`` [N, groups]."""
-    if clip is None:
-        return weight
-    limit = clip.to(weight).repeat_interleave(weight.shape[1] // clip.shape[1], 1)
-    return torch.minimum(torch.maximum(weight, -limit), limit)
-
-
 # ---- magnitudes -----------------------------------------------------------------------------------------
 
 
@@ -257,3 +249,27 @@ def set_steps(
             ]
         for site in static:
             recipe.activations[site] = max(found)
+    _fold_steps(observations, recipe)
+
+
+def _fold_steps(observations: Observations, recipe: Recipe) -> None:
+    """Move the steps of a link's readers into its scale: x / s is then what the producers make."""
+    for name, link in covering(observations, recipe).items():
+        steps = {recipe.activations.get(site) for site in link.consumers}
+        step = next(iter(steps))
+        if len(steps) == 1 and step is not None and step != 1.0:
+            scale = recipe.scales.get(name, torch.ones(link.size))
+            recipe.scales[name] = (scale.double() * step).float()
+            recipe.activations |= dict.fromkeys(link.consumers, 1.0)
+
+
+def covering(observations: Observations, recipe: Recipe) -> dict[str, LinkFacts]:
+    """Links that hold every column of every reader, so that a step for each channel is one for the tensor."""
+    return {
+        name: link
+        for name, link in observations.movable().items()
+        if link.kind != "q-k"
+        and all(min(channels) >= 0 for channels in link.consumers.values())
+        and all(len(observations.sites[site].groups) == 1 for site in link.consumers)
+        and link.consumers.keys() & recipe.sites.keys()
+    }

@@ -20,6 +20,7 @@ import torch
 
 from sparsecc.methods.common import (
     STATIC,
+    covering,
     floored,
     gather,
     largest_inputs,
@@ -49,17 +50,6 @@ def outliertune(
         known |= dict.fromkeys(link.consumers, 1.0)
     set_steps(observations, recipe, choose, known=known)
     return recipe
-
-
-def covering(observations: Observations, recipe: Recipe) -> dict[str, LinkFacts]:
-    """Links that hold every column of every reader, so that a step for each channel is one for the tensor."""
-    return {
-        name: link
-        for name, link in observations.movable().items()
-        if all(min(channels) >= 0 for channels in link.consumers.values())
-        and all(len(observations.sites[site].groups) == 1 for site in link.consumers)
-        and link.consumers.keys() & recipe.sites.keys()
-    }
 
 
 def symmetrized(observations: Observations, link: LinkFacts) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sparsecc.methods.common import STATIC, clipped, columns, migrated, rounded, rows, stored
+from sparsecc.methods.common import STATIC, columns, migrated, rounded, rows, stored
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops import formats
+from sparsecc.runtime.ops.rounded_weight import clipped
 
 
 @dataclass
@@ -77,7 +78,8 @@ def rounded_site(
     weight = migrated(observations, recipe, site)
     clip = recipe.clips.get(site) if own else None
     name = stored(chosen).name
-    kept = formats.dequantize(name, formats.quantize(clipped(weight, clip), name), torch.float64)
+    weight = weight if clip is None else clipped(weight, clip)
+    kept = formats.dequantize(name, formats.quantize(weight, name), torch.float64)
     scale, shift = columns(observations, recipe, site)
     correction = recipe.corrections.get(site) if own else None
     return RoundedSite(

@@ -21,8 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from sparsecc.errors import CalibrationError, unknown
-from sparsecc.methods.common import STATIC, floored, gather, set_steps, start
-from sparsecc.methods.outliertune import covering
+from sparsecc.methods.common import STATIC, covering, floored, gather, set_steps, start
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.watch import LinkFacts
@@ -49,6 +48,9 @@ def repq(
     skip: Sequence[str] = (),
 ) -> Recipe:
     """Static int8, with a step for each channel behind the links.
+
+    The step of the tensor moves into the links with those of the channels, and rows of the weight have scales of
+    their own, so that the mean and the median are one recipe here; "clipped" is another.
 
     Args:
         target: how the step of the tensor is made of those of its channels: "mean", "median" or "clipped".

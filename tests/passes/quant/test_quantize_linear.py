@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -37,7 +38,7 @@ class Layers(nn.Module):
 
 def only(recipe: Recipe, codegen: str = "aten", **options: Any) -> dict[str, Any]:
     """The rounding alone; with kernels also the regions that it rounds."""
-    names: dict[str, Any] = {NAME: {"recipe": recipe}}
+    names: dict[str, Any] = {NAME: {"recipe": replace(recipe, scales={}, shifts={})}}
     if codegen != "aten":
         names["fuse-few-rows"] = {}
     return {"passes": names, "codegen": codegen, **options}
@@ -128,9 +129,8 @@ def test_clips_and_corrections(codegen: str) -> None:
     exact = copy.deepcopy(model).double()
     for name in recipe.sites:
         weight = exact.get_parameter(name)
-        limit = 0.7 * weight.abs().unflatten(1, (-1, 32)).amax(-1)
-        recipe.clips[name] = limit.float()
-        bound = recipe.clips[name].double().repeat_interleave(32, 1)
+        recipe.clips[name] = torch.full((weight.shape[0], weight.shape[1] // 32), 0.75)
+        bound = (0.75 * weight.abs().unflatten(1, (-1, 32)).amax(-1)).repeat_interleave(32, 1)
         kept = formats.quantize(weight.detach().clamp(-bound, bound), "int4g32")
         left = weight - formats.dequantize("int4g32", kept, torch.float64)
         u, s, v = torch.linalg.svd(left.detach(), full_matrices=False)
@@ -227,6 +227,29 @@ def test_a_kernel_that_rounds_more_than_the_recipe_is_caught(monkeypatch) -> Non
     monkeypatch.setattr(driver, "FirstCall", wrong)
     with torch.no_grad(), pytest.raises(sparsecc.VerificationError, match="lossy by"):
         run(model, X, verify="final", **only(recipe))
+
+
+def test_refuses_what_was_rounded_behind_scales_that_this_graph_does_not_carry() -> None:
+    """Steps and ranges were chosen for scaled values; without the scales they would be another model's."""
+    model = randomise(Layers()).eval()
+    recipe = recipe_of(model, X)
+    behind_up_and_down = {"up-down: down.weight"}
+    assert behind_up_and_down < {*recipe.scales}
+    with torch.no_grad():
+        _, report = run(model, X, passes={NAME: {"recipe": recipe}})
+        assert {m.code for m in report[NAME].refusals} == {"unmigrated"}
+        assert report[NAME].applied == 0
+
+        def shown(x):  # the value between up and down is an output: no link
+            h = model.norm(x)
+            y = F.silu(model.gate(h)) * model.up(h)
+            return model.down(y), y
+
+        named = {f"model.{n}": f for n, f in recipe.sites.items()} | recipe.sites
+        recipe = replace(recipe, sites=named)
+        _, report = run(shown, X, recipe=recipe)
+    assert [m.code for m in report[NAME].refusals] == ["unmigrated"]
+    assert report[NAME].applied == 2
 
 
 REFUSED: dict[str, tuple[nn.Module, torch.Tensor, str]] = {
