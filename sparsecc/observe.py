@@ -49,6 +49,10 @@ def observe(
     with watched(model, observer, options) as run:
         for i, batch in enumerate(tracked(batches, "observing", progress)):
             if i < skip:
+                if i == 0 and any(site.weight is None for site in seen.sites.values()):
+                    observer.counts = False  # a state that was left in the middle has no weights
+                    run(*arguments(batch))
+                    observer.counts = True
                 continue
             run(*arguments(batch))
             seen.batches += 1
@@ -98,6 +102,7 @@ class _Observer:
     def __init__(self, seen: Observations) -> None:
         self.seen = seen
         self.raw: dict[str, torch.Tensor] = {}
+        self.counts = True
 
     def graph(self, found: Sequence[str], links: Mapping[str, LinkFacts]) -> None:
         self.seen.add_graph(found, links)
@@ -106,7 +111,7 @@ class _Observer:
         self._weight(at, weight)
         if at.site in self.seen.sites and at.group not in self.seen.sites[at.site].groups:
             self.seen.sites[at.site].groups.append(at.group)
-        if at.first:
+        if at.first and self.counts:
             self._input(at, x)
 
     def _weight(self, at: At, weight: torch.Tensor) -> None:

@@ -17,5 +17,7 @@ def tracked(items: Iterable[T], label: str, wanted: bool | None = None) -> Itera
     from rich.console import Console
     from rich.progress import track
 
+    console = Console(stderr=True)
     total = len(items) if isinstance(items, Sized) else None
-    yield from track(items, label, total=total, console=Console(stderr=True), transient=True)
+    # A terminal shows it while it lasts; a log keeps its last line.
+    yield from track(items, label, total=total, console=console, transient=console.is_terminal)

@@ -7,7 +7,8 @@ Source  Li et al. 2023, "RepQ-ViT" (arXiv:2212.08254), eq. 8 to 11, in the symme
         and none added for the tensor. t: the mean of s_j (RepQ), the median (MOSF: Yang & Gong 2024,
         "DopQ-ViT", arXiv:2408.03291), or the mean of s_j clipped to Q1 − 1.5 IQR … Q3 + 1.5 IQR (ours, after
         "LRP-QViT", arXiv:2401.11243), where clipped channels saturate.
-Range   of each channel: percentiles .99, .999 and 1 of the sample rows, whichever has the least squared error.
+Range   of each channel: percentiles .99, .999 and 1 of the sample rows, whichever has the least squared error
+        on them and on the channel's least and largest, which a sample may lack.
 Floors  a channel's range counts as at least 1e-5 of the largest in its link; that of a constant channel is its
         value, without a shift.
 Pays    as outliertune; ranges are trimmed, so that a few rows do not set the step of a channel. The step t
@@ -86,8 +87,11 @@ def channel_codes(observations: Observations, link: LinkFacts) -> tuple[torch.Te
         for p in _PERCENTILES:
             a, b = (seen.low, seen.high) if p == 1 else (_ranked(x, 1 - p), _ranked(x, p))
             steps, zeros = _codes(a, b, link.carries_shift)
-            codes = ((x / steps).round() + zeros).clamp(-127, 127)
-            error = ((codes - zeros) * steps - x).square().sum(0)
+            # The ends are rare in a sample and dear to clip: they count once, a sample row for its share.
+            known = torch.cat([x, torch.stack([seen.low, seen.high])])
+            codes = ((known / steps).round() + zeros).clamp(-127, 127)
+            lost = ((codes - zeros) * steps - known).square()
+            error = lost[:-2].sum(0) * (seen.rows / len(x)) + lost[-2:].sum(0)
             low, high = torch.where(error < least, a, low), torch.where(error < least, b, high)
             least = torch.minimum(least, error)
         ends["low"][site], ends["high"][site] = low, high

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from calibration.models import LN_AS_IT_IS, Chain, decoder, rows, token_batches
-from support import capture
+from support import capture, run
 from torch import nn
 
 from sparsecc import pipeline
+from sparsecc.methods import make
 from sparsecc.methods.common import columns, migrated
 from sparsecc.observations import Observations
 from sparsecc.observe import observe
@@ -21,6 +22,7 @@ from sparsecc.passes.base import Analyses
 from sparsecc.passes.quant._migrate import migrate_scale, migrate_shift
 from sparsecc.recipe import Recipe
 from sparsecc.report.model import GraphReport
+from sparsecc.simulate import simulate
 from sparsecc.watch import At, WatchedGraph
 
 
@@ -93,3 +95,30 @@ def test_migrated_weights_and_inputs_are_those_of_the_passes(kind: str) -> None:
         assert torch.allclose(y, (plain[site][0] - shift) / scale, rtol=1e-9, atol=1e-9), site
         expected_weight = migrated(seen, recipe, site)  # of an fp32 copy
         assert torch.allclose(weight, expected_weight, rtol=1e-6, atol=1e-7), site
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("int8", {}),
+        ("smoothquant", {}),
+        ("int4", {}),
+        ("awq", {}),
+        ("lorc", {"base": "awq"}),
+        ("lorc", {"base": "int8"}),
+    ],
+)
+def test_a_compiled_recipe_is_its_simulation(name: str, options: dict[str, Any]) -> None:
+    model, (batch,) = decoder(layers=2, tied=True), token_batches(1)
+    seen = observe(model, [batch])
+    recipe = make(name, seen, **options)
+    (simulated,) = simulate(model, recipe, seen, [batch])
+    with torch.no_grad():
+        compiled, report = run(model, batch, recipe=recipe, codegen="aten")
+        exact = model(batch)
+    assert report["quantize-linear"].applied == len(recipe.sites)
+    assert "migrate-channels" not in report or report["migrate-channels"].refused == 0
+    lost = float((simulated - exact).norm())
+    assert lost > 1e-4 * float(exact.norm())
+    # An activation between two codes may fall to the other one.
+    assert float((compiled - simulated).norm()) < 0.1 * lost

@@ -27,12 +27,13 @@ from sparsecc.methods.common import (
 from sparsecc.methods.lorc import low_rank
 from sparsecc.methods.reference import apply, rounded_site
 from sparsecc.methods.repq import channel_codes
-from sparsecc.observations import Observations
+from sparsecc.observations import Observations, ObservedSite
 from sparsecc.observe import observe
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops import formats
 from sparsecc.runtime.ops.rounded_weight import clipped
 from sparsecc.statistics import Statistics
+from sparsecc.watch import LinkFacts
 
 Q, K, V, OUT = (f"blocks.0.{name}.weight" for name in "qkvo")
 GATE, UP, DOWN = (f"blocks.0.{name}.weight" for name in ("gate", "up", "down"))
@@ -282,6 +283,26 @@ def test_choosers() -> None:
         step_of(found, one, none, "percentil")
     with pytest.raises(CalibrationError, match=r"between 0.5 and 1, not 99"):
         step_of(found, one, none, "percentile", 99)
+
+
+def test_what_is_rare_and_large_is_not_clipped() -> None:
+    """One element of 2000 rows, which is not among the sample rows."""
+    x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
+    plain = Statistics(16)
+    plain.update(x)
+    absent = next(i for i in range(2000) if not (plain.sample == x[i]).all(1).any())
+    x[absent, 3] = 1000
+    found = Statistics(16)
+    found.update(x)
+    assert float(found.sample.max()) < 10
+    one, none = torch.ones(16).double(), torch.zeros(16).double()
+    assert step_of(found, one, none, "mse") == 1000 / 127
+    seen = Observations(
+        inputs={"fc": found}, sites={"fc": ObservedSite([4, 16], ["fc"], torch.ones(4, 16))}
+    )
+    link = LinkFacts("l", "norm-linear", 16, {"fc": tuple(range(16))}, {}, True, False)
+    steps, _ = channel_codes(seen, link)
+    assert float(steps[3]) == 1000 / 127
 
 
 # ---- int4 and awq -------------------------------------------------------------------------------------

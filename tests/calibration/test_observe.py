@@ -252,6 +252,17 @@ def test_an_interrupted_run_goes_on_from_the_last_write(
     same(observe(model, batches, resume=path), observe(model, batches), 0)
 
 
+def test_a_run_that_was_left_before_its_end_gets_its_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sparsecc.observe._EVERY", 1)
+    model, batches = decoder(), token_batches(2)
+    path = tmp_path / "seen.json"
+    whole = observe(model, batches, resume=path)
+    whole.save(path, weights=False)
+    same(observe(model, batches, resume=path), whole, 0)
+
+
 def test_parts_merge() -> None:
     model, batches = decoder(), token_batches(4)
     parts = [observe(model, batches[:2]), observe(model, batches[2:], shard=1)]

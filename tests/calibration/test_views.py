@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import subprocess
 import sys
@@ -12,7 +14,8 @@ import pytest
 from calibration.models import decoder, token_batches
 
 from sparsecc.cli.main import main
-from sparsecc.methods import make
+from sparsecc.methods import METHODS, make
+from sparsecc.metrics import METRICS
 from sparsecc.observe import observe
 from sparsecc.recipe import Recipe
 from sparsecc.report.frontier import best_of, chosen, frontier, headline, text
@@ -195,3 +198,16 @@ def test_importing_the_command_needs_no_torch() -> None:
     code = "import sys, sparsecc.cli.calibrate; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_every_method_and_option_is_described() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "calibration.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("|")]
+    for name, (module, _) in METHODS.items():
+        assert f"| `{name}` |" in page
+        function = getattr(importlib.import_module(f"sparsecc.methods.{module}"), module)
+        for option in list(inspect.signature(function).parameters)[1:]:
+            (methods,) = (of for names, of in rows if f"`{option}`" in names)
+            assert option == "skip" or name in methods, (name, option)
+    for metric in METRICS:
+        assert f"| `{metric}` |" in page
