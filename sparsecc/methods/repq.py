@@ -50,8 +50,8 @@ def repq(
 ) -> Recipe:
     """Static int8, with a step for each channel behind the links.
 
-    The step of the tensor moves into the links with those of the channels, and rows of the weight have scales of
-    their own, so that the mean and the median are one recipe here; "clipped" is another.
+    The step of the tensor moves into the links with those of the channels, and rows of the weight have scales
+    of their own, so that the mean and the median are one recipe here; "clipped" is another.
 
     Args:
         target: how the step of the tensor is made of those of its channels: "mean", "median" or "clipped".
