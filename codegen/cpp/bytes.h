@@ -77,9 +77,18 @@ constexpr int32_t kOffset = 128;  // its products take one unsigned side
 constexpr int32_t kOffset = 0;
 #endif
 
-inline Ints dot_signed(Ints sums, Bytes w, Bytes a) {
+// What `dot_prepared` wants of w.
+inline Bytes prepared(Bytes w) {
 #if defined(SPARSECC_VNNI)
-  return dot(sums, (Unsigned)w ^ uint8_t(0x80), a);
+  return (Bytes)((Unsigned)w ^ uint8_t(0x80));
+#else
+  return w;
+#endif
+}
+
+inline Ints dot_prepared(Ints sums, Bytes w, Bytes a) {
+#if defined(SPARSECC_VNNI)
+  return dot(sums, (Unsigned)w, a);
 #elif defined(__AVX512BW__)
   const __m512i v = (__m512i)a;
   const __m512i turned = _mm512_mask_sub_epi8(v, _mm512_movepi8_mask((__m512i)w), _mm512_setzero_si512(), v);
@@ -93,35 +102,54 @@ inline Ints dot_signed(Ints sums, Bytes w, Bytes a) {
 #endif
 }
 
+inline Ints dot_signed(Ints sums, Bytes w, Bytes a) { return dot_prepared(sums, prepared(w), a); }
+
 // ---- activations in int8 --------------------------------------------------------------------------
 
-// y[m, k] = scale[m] q[m, k], q of -127 .. 127; zeros behind each row, up to whole vectors.
+// y[m, k] = scale[m] q[m, k], q of -127 .. 127; zeros behind each row, up to whole vectors. Rows are set once each.
 struct Quantized {
   int64_t rows, size, stride;
   Buffer<int8_t> values;
   std::vector<float> scale;
   std::vector<int32_t> sums;  // of each row
 
-  Quantized(const float* y, int64_t rows, int64_t size)
+  Quantized(int64_t rows, int64_t size)
       : rows(rows), size(size), stride((size + kBytes - 1) / kBytes * kBytes), values(rows * stride), scale(rows),
-        sums(rows) {
-    for (int64_t m = 0; m < rows; ++m) quantize(y + m * size, values.data() + m * stride, m);
-  }
+        sums(rows) {}
 
   const int8_t* row(int64_t m) const { return values.data() + m * stride; }
 
- private:
-  void quantize(const float* y, int8_t* q, int64_t m) {
-    typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+  // Row m, by the scale of its own.
+  void set(int64_t m, const float* y) {
     const int32_t most = greatest(y);
     const bool finite = most < 0x7f800000;
     const float by = bits_of<float>(most) / 127;
     scale[m] = finite ? by : std::numeric_limits<float>::quiet_NaN();
-    if (!finite || by == 0) return;
+    if (finite && by != 0) round_row(m, [&](int64_t k) { return load_some(y, k) / by; });
+  }
+
+  // Row m that was divided by its scale before: 1 is left, or NaN where it has one.
+  void set_divided(int64_t m, const float* y) {
+    Ints bad = {};
+    round_row(m, [&](int64_t k) {
+      const Vector level = load_some(y, k);
+      bad |= level != level;
+      return level;
+    });
+    bool any = false;
+    for (int i = 0; i < kLanes; ++i) any |= bad[i] != 0;
+    scale[m] = any ? std::numeric_limits<float>::quiet_NaN() : 1;
+  }
+
+ private:
+  template <class Levels>
+  void round_row(int64_t m, Levels levels) {
+    typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+    int8_t* q = values.data() + m * stride;
     Ints total = {};
     for (int64_t k = 0; k < size; k += kLanes) {
       constexpr float shift = 0x1.8p23f;  // a sum this large has no fraction: rounded to even
-      const Vector rounded = (load_some(y, k) / by + shift) - shift;
+      const Vector rounded = (levels(k) + shift) - shift;
       const Vector low = rounded < -127 ? -127 - Vector{} : rounded;
       const Ints whole = __builtin_convertvector(low > 127 ? 127 - Vector{} : low, Ints);
       const Narrow narrow = __builtin_convertvector(whole, Narrow);
@@ -166,26 +194,29 @@ struct Arranged {
   explicit Arranged(const Quantized& from)
       : from(from), vectors((from.size / 2 + kBytes - 1) / kBytes), values(from.rows * vectors * 2 * kBytes),
         sums(from.rows * vectors * kLanes) {
-    for (int64_t m = 0; m < from.rows; ++m) {
-      const int8_t* q = from.row(m);
-      int8_t* to = values.data() + m * vectors * 2 * kBytes;
-      for (int64_t byte = 0; byte < from.size / 2; byte += run) {
-        const int64_t k = byte / half * group + byte % half;
-        int8_t* place = to + byte / kBytes * 2 * kBytes + byte % kBytes;
-        std::memcpy(place, q + k, run);
-        std::memcpy(place + kBytes, q + k + half, run);
-      }
-      for (int64_t v = 0; v < vectors; ++v) {
-        const Unsigned ones = Unsigned{} + uint8_t(1);
-        const Ints first = dot(Ints{}, ones, load_bytes<Bytes>(to + v * 2 * kBytes));
-        const Ints both = dot(first, ones, load_bytes<Bytes>(to + v * 2 * kBytes + kBytes));
-        std::memcpy(sums.data() + (m * vectors + v) * kLanes, &both, sizeof both);
-      }
-    }
+    for (int64_t m = 0; m < from.rows; ++m) set(m);
   }
 
   const int8_t* row(int64_t m) const { return values.data() + m * vectors * 2 * kBytes; }
   const int32_t* row_sums(int64_t m) const { return sums.data() + m * vectors * kLanes; }
+
+ private:
+  void set(int64_t m) {
+    const int8_t* q = from.row(m);
+    int8_t* to = values.data() + m * vectors * 2 * kBytes;
+    for (int64_t byte = 0; byte < from.size / 2; byte += run) {
+      const int64_t k = byte / half * group + byte % half;
+      int8_t* place = to + byte / kBytes * 2 * kBytes + byte % kBytes;
+      std::memcpy(place, q + k, run);
+      std::memcpy(place + kBytes, q + k + half, run);
+    }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const Unsigned ones = Unsigned{} + uint8_t(1);
+      const Ints first = dot(Ints{}, ones, load_bytes<Bytes>(to + v * 2 * kBytes));
+      const Ints both = dot(first, ones, load_bytes<Bytes>(to + v * 2 * kBytes + kBytes));
+      std::memcpy(sums.data() + (m * vectors + v) * kLanes, &both, sizeof both);
+    }
+  }
 };
 
 }  // namespace

@@ -1,8 +1,9 @@
 """C++ for ``sparsecc::few_rows``: every weight is read once, whatever comes before and after in the same loop.
 
 The weight rows are dealt out to the threads in blocks; a block is multiplied with up to ``kRows`` rows of the
-input at a time from the cache. The norm of the input is made once, before, and so are its rows in int8 where a
-format of weights wants them.
+input at a time from the cache. Where there are many rows, arithmetic is the limit and not memory: tiles of
+weights are laid out for it once, and multiplied with bands of rows (``many_rows.h``). The norm of the input is
+made once, before, and so are its rows in int8 where a format of weights wants them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,18 @@ _TYPES = {
     torch.int8: ("kInt8", "int8_t"),
     torch.uint8: ("kUInt8", "uint8_t"),
 }
+_STORED = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}  # codegen/cpp/storage.h's
+_JOBS = ("Job", "ManyRows")  # by whether there are many rows
+_HEADERS = (
+    "few_rows.h",
+    "vector.h",
+    "functions.h",
+    "storage.h",
+    "bytes.h",
+    "weights.h",
+    "products.h",
+    "many_rows.h",
+)
 
 
 def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
@@ -39,16 +52,8 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     name = f"few_rows_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"
     law = [f"//   out{j}[m, n] = {text}" for j, text in enumerate(spec.outputs)]
     firsts = [spec.slots[spec.weights(j)[0]].start for j in range(len(spec.outputs))]
-    bodies = [_output(spec, j, dtype) for j in range(len(spec.outputs))]
-    parts = "\n".join(
-        f"  part(job->ends, {j}, begin, end, [&](int64_t b, int64_t e) {{ block{j}(*job, b, e); }});"
-        for j in range(len(spec.outputs))
-    )
-    ends = "\n".join(
-        f"  job.ends[{j}] = {f'job.ends[{j - 1}] + ' if j else ''}"
-        f"(call->features[{first}] + kBlock - 1) / kBlock;"
-        for j, first in enumerate(firsts)
-    )
+    outputs = range(len(spec.outputs))
+    bodies = [function(spec, j, dtype) for j in outputs for function in (_output, _tiles)]
     return f"""// {name}: {DTYPES[dtype]} on CPU, for any number of rows m, features n and size k.
 {chr(10).join(law)}
 // where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {spec.norm_law},
@@ -57,29 +62,37 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
 #include <algorithm>
 #include <iterator>
 
-{operators.text_of("few_rows.h", "vector.h", "bytes.h", "weights.h", "products.h")}
+{operators.text_of(*_HEADERS)}
+namespace sparsecc {{
+namespace {{
+
+{_values(spec)}
+
+}}  // namespace
+}}  // namespace sparsecc
+
 namespace {{
 
 using Element = {_TYPES[dtype][1]};
+using Stored = sparsecc::{_STORED[dtype]};
 
-struct Job {{
-  const FewRows* call;
-{_members(spec, dtype)}
-  int64_t ends[{len(spec.outputs)}];  // where the blocks of each output end
-}};
+{_job(spec, dtype, many=False)}
+
+{_job(spec, dtype, many=True)}
 
 {"".join(bodies)}
-void run_blocks(int64_t begin, int64_t end, void* context) {{
-  const Job* job = static_cast<const Job*>(context);
-{parts}
-}}
+{_run_some(spec, many=False)}
+
+{_run_some(spec, many=True)}
 
 const char* run(const FewRows* call) {{
 {_checks(spec)}
 {_prologue(spec, dtype)}
-  Job job{{call, {_fields(spec, dtype)}, {{}}}};
-{ends}
-  call->parallel(job.ends[{len(spec.outputs) - 1}], 1, run_blocks, &job);
+  if (call->rows < kManyRows) {{
+{_start(spec, dtype, many=False)}
+  }} else {{
+{_start(spec, dtype, many=True)}
+  }}
   return nullptr;
 }}
 
@@ -113,32 +126,66 @@ def _struct(form: Format, dtype: torch.dtype) -> str:
     return f"{name}<{form.group}, {str(form.zero).lower()}>"
 
 
-def _input(form: Format) -> str:
-    """The name of the activations that a format reads."""
+def _input(form: Format, many: bool) -> tuple[str, str]:
+    """Name and type of the activations that a format reads."""
     if not form.rounds_activations:
-        return "floats"
-    return f"arranged{form.group}" if form.kind == "int4" else "quantized"
+        return "floats", "Floats"
+    if form.kind == "int8":
+        return "divided" if form.static else "quantized", "Quantized"
+    kind = "Grouped" if many else "Arranged"
+    return f"{kind.lower()}{form.group}", f"{kind}<{form.group}>"
 
 
-def _inputs(spec: Spec) -> list[tuple[str, str]]:
-    """Names and types of the activations that the weights read, each once."""
-    kinds = {
-        "floats": "Floats",
-        "quantized": "Quantized",
-        **{f"arranged{form.group}": f"Arranged<{form.group}>" for form in spec.kept},
-    }
-    return [(name, kinds[name]) for name in dict.fromkeys(map(_input, spec.kept))]
+def _inputs(spec: Spec, many: bool) -> dict[str, str]:
+    """Names and types of the activations that the weights read."""
+    return dict(_input(form, many) for form in spec.kept)
 
 
-def _members(spec: Spec, dtype: torch.dtype) -> str:
-    weights = [f"  {_struct(form, dtype)} w{i};" for i, form in enumerate(spec.kept)]
-    return "\n".join([*weights, *(f"  const {kind}& {name};" for name, kind in _inputs(spec))])
+def _job(spec: Spec, dtype: torch.dtype, many: bool) -> str:
+    """What threads get: weights, activations, and where the blocks of each output end."""
+    lines = [f"  {_struct(form, dtype)} w{i};" for i, form in enumerate(spec.kept)]
+    lines += [f"  const {kind}& {name};" for name, kind in _inputs(spec, many).items()]
+    if many:
+        lines.append("  Bands bands;")
+    return f"""struct {_JOBS[many]} {{
+  const FewRows* call;
+{chr(10).join(lines)}
+  int64_t ends[{len(spec.outputs)}];  // of each output's {"tasks" if many else "blocks"}
+}};"""
 
 
-def _fields(spec: Spec, dtype: torch.dtype) -> str:
-    """The values of the members."""
-    weights = [_weight(spec, i, dtype) for i in range(len(spec.kept))]
-    return ", ".join([*weights, *(name for name, _ in _inputs(spec))])
+def _run_some(spec: Spec, many: bool) -> str:
+    function = "tiles" if many else "block"
+    parts = "\n".join(
+        f"  part(job->ends, {j}, begin, end, [&](int64_t b, int64_t e) {{ {function}{j}(*job, b, e); }});"
+        for j in range(len(spec.outputs))
+    )
+    return f"""void {"run_tiles" if many else "run_blocks"}(int64_t begin, int64_t end, void* context) {{
+  const {_JOBS[many]}* job = static_cast<const {_JOBS[many]}*>(context);
+{parts}
+}}"""
+
+
+def _start(spec: Spec, dtype: torch.dtype, many: bool) -> str:
+    """Fills the job and hands it to the threads."""
+    inputs = _inputs(spec, many)
+    lines = [
+        f"const {kind} {name}(quantized{', *call' if many else ''});"
+        for name, kind in inputs.items()
+        if name.startswith(("arranged", "grouped"))
+    ]
+    fields = ["call", *(_weight(spec, i, dtype) for i in range(len(spec.kept))), *inputs]
+    if many:
+        fields.append("Bands(call->rows)")
+    lines.append(f"{_JOBS[many]} job{{{', '.join(fields)}, {{}}}};")
+    wide, times = ("kTile", " * job.bands.tasks()") if many else ("kBlock", "")
+    for j in range(len(spec.outputs)):
+        features = f"call->features[{spec.slots[spec.weights(j)[0]].start}]"
+        before = f"job.ends[{j - 1}] + " if j else ""
+        lines.append(f"job.ends[{j}] = {before}({features} + {wide} - 1) / {wide}{times};")
+    run = "run_tiles" if many else "run_blocks"
+    lines.append(f"call->parallel(job.ends[{len(spec.outputs) - 1}], 1, {run}, &job);")
+    return "\n".join(f"    {line}" for line in lines)
 
 
 def _weight(spec: Spec, i: int, dtype: torch.dtype) -> str:
@@ -164,28 +211,36 @@ def _parts(spec: Spec, dtype: torch.dtype) -> str:
 
 def _prologue(spec: Spec, dtype: torch.dtype) -> str:
     """The activations as the formats want them."""
-    lines = ["const Element* x = static_cast<const Element*>(call->x);"]
-    rows = "x"
-    if dtype is not torch.float32:
-        lines.append("Buffer<float> wide(call->rows * call->size);")
-        lines.append("to_floats(x, call->rows * call->size, wide.data());")
-        rows = "wide.data()"
-    if spec.norm != "none":
-        lines.append("Buffer<float> normalized(call->rows * call->size);")
-        lines.append(
-            f"{spec.norm}_norm({rows}, call->rows, call->size, {spec.float_eps!r}f, normalized.data());"
-        )
-        rows = "normalized.data()"
-    names = [name for name, _ in _inputs(spec)]
-    if "floats" in names:
-        lines.append(f"const Floats floats{{{rows}, call->size}};")
-    if any(name != "floats" for name in names):
-        lines.append(f"const Quantized quantized({rows}, call->rows, call->size);")
-    lines += [
-        f"const {kind} {name}(quantized);"
-        for name, kind in _inputs(spec)
-        if name.startswith("arranged")
+    lines = [
+        "const int64_t size = call->size;",
+        "const Element* x = static_cast<const Element*>(call->x);",
     ]
+    rounded = [form for form in spec.kept if form.rounds_activations]
+    sets = {"divided.set_divided" if form.static else "quantized.set" for form in rounded}
+    lines += [f"Quantized {name.split('.')[0]}(call->rows, size);" for name in sorted(sets)]
+    floats = len(rounded) < len(spec.kept)
+    steps = []  # for row m; y is the row so far
+    same = dtype is torch.float32 and spec.norm == "none"
+    if same:
+        steps.append("const float* y = x + m * size;")
+    else:
+        lines.append(f"Buffer<float> kept({'call->rows * size' if floats else '0'});")
+        steps.append(f"float* y = {'kept.data() + m * size' if floats else 'row.data()'};")
+    if dtype is not torch.float32:
+        steps.append("to_floats(x + m * size, size, y);")
+    if spec.norm != "none":
+        row = "x + m * size" if dtype is torch.float32 else "y"
+        steps.append(f"{spec.norm}_norm({row}, size, {spec.float_eps!r}f, y);")
+    steps += [f"{name}(m, y);" for name in sorted(sets)]
+    if sets or not same:
+        lines.append("over_rows(*call, [&](int64_t begin, int64_t end) {")
+        if not same and not floats:
+            lines.append("  Buffer<float> row(size);")
+        lines.append("  for (int64_t m = begin; m < end; ++m) {")
+        lines += [f"    {step}" for step in steps]
+        lines += ["  }", "});"]
+    if floats:
+        lines.append(f"const Floats floats{{{'x' if same else 'kept.data()'}, size}};")
     return "\n".join(f"  {line}" for line in lines)
 
 
@@ -194,7 +249,7 @@ def _output(spec: Spec, j: int, dtype: torch.dtype) -> str:
     weights = spec.weights(j)
     products = "\n".join(
         f"      float p{i}[kBlock * kRows];\n"
-        f"      products(job.w{i}, n, count, job.{_input(spec.kept[i])}, m, rows, p{i});"
+        f"      products(job.w{i}, n, count, job.{_input(spec.kept[i], False)[0]}, m, rows, p{i});"
         for i in weights
     )
     values = {f"p{i}": f"p{i}[r * kRows + c]" for i in weights}
@@ -219,6 +274,64 @@ def _output(spec: Spec, j: int, dtype: torch.dtype) -> str:
       for (int c = 0; c < rows; ++c)
         for (int r = 0; r < count; ++r) narrow({element}, &out[(m + c) * features + n + r]);
     }}
+  }}
+}}
+
+"""
+
+
+def _values(spec: Spec) -> str:
+    """The expression of each output, for a vector of features."""
+    functions = []
+    for j, tree in enumerate(spec.trees):
+        names = expressions.names(tree)
+        arguments = ", ".join(f"Vector {name}" for name in names)
+        value = expressions.to_cpp(tree, {name: name for name in names})
+        functions.append(f"inline Vector value{j}({arguments}) {{ return {value}; }}")
+    return "\n".join(functions)
+
+
+def _tiles(spec: Spec, j: int, dtype: torch.dtype) -> str:
+    """The function that computes tiles of one output for many rows."""
+    weights, operands = spec.weights(j), spec.operands(j)
+    lines = [
+        f"Panel<{_struct(spec.kept[i], dtype)}> panel{i}(job.w{i});\n"
+        f"  alignas(64) float p{i}[kBands * kTall * kTile];"
+        for i in weights
+    ]
+    lines += [
+        f"const Stored* {name} = static_cast<const Stored*>(call.operands[{name[1:]}]);"
+        for name in operands
+    ]
+    packs = " ".join(f"panel{i}.pack(n, count);" for i in weights)
+    products = "\n".join(
+        f"    products(panel{i}, job.{_input(spec.kept[i], True)[0]}, job.bands, first, last, p{i});"
+        for i in weights
+    )
+    values = {f"p{i}": f"load(p{i} + c * kTile + r)" for i in weights}
+    for name in operands:
+        at = "n + r" if name[0] == "v" else "at"
+        values[name] = f"sparsecc::load({name} + {at}, lanes)"
+    arguments = ", ".join(values[name] for name in expressions.names(spec.trees[j]))
+    return f"""void tiles{j}(const ManyRows& job, int64_t begin, int64_t end) {{
+  const FewRows& call = *job.call;
+  const int64_t features = call.features[{spec.slots[weights[0]].start}], tasks = job.bands.tasks();
+{"".join(f"  {line}{chr(10)}" for line in lines)}\
+  Stored* out = static_cast<Stored*>(call.out[{j}]);
+  int64_t packed = -1;
+  for (int64_t task = begin; task < end; ++task) {{
+    const int64_t n = task / tasks * kTile;
+    const int count = int(std::min<int64_t>(features - n, kTile));
+    if (n != packed) {{ {packs} }}
+    packed = n;
+    const int64_t first = task % tasks * kBands, last = std::min(first + kBands, job.bands.count);
+    const int64_t m = job.bands.begin(first), rows = job.bands.begin(last) - m;
+{products}
+    for (int64_t c = 0; c < rows; ++c)
+      over_lanes(count, [&](int r, auto lanes) {{
+        const int64_t at = (m + c) * features + n + r;
+        sparsecc::store(out + at, sparsecc::value{j}({arguments}), lanes);
+      }});
   }}
 }}
 

@@ -1,12 +1,3 @@
-// NOTE TO HELPER A (from the one who gave you the task; delete this note when done): measured today on this machine, reading
-// four ADJACENT weight rows at a time (each size*4 bytes, then jumping on) breaks the prefetchers where rows are short:
-// K=192: 7 GB/s, K=576: 11 GB/s, K=1536: 15, while four rows that lie FAR APART (each thread's range of rows cut into four
-// contiguous parts, row i of each part at a time: four long linear streams) read 20-22 GB/s at EVERY K (saturation), as good as
-// a single linear stream at small K and as 8 adjacent rows at large K. So: give each thread's range [begin, end) of weight rows
-// to the kernel whole, cut it in kBlock contiguous parts, and walk them together (all formats: fp32, bf16, int8, int4); the rest rows one at
-// a time. Bits do not change with the split (each row is summed alone), so determinism stays. See /tmp/exp/a.cpp (dotsf/mf).
-// ALSO: the boilerplate to build/load an operator and its kernels is now shared in /work/main (uncommitted): codegen/cpp/operators.py and
-// runtime/ops/kernels.h (Kernels<>, in_parallel, require). I will move few_rows onto them at merge; you need not.
 // Parts of every kernel of sparsecc::few_rows.
 
 namespace {
@@ -17,6 +8,14 @@ inline void part(const int64_t* ends, int j, int64_t begin, int64_t end, Body bo
   const int64_t first = j ? ends[j - 1] : 0;
   const int64_t from = std::max(begin, first), to = std::min(end, ends[j]);
   if (from < to) body(from - first, to - first);
+}
+
+// body(begin, end) for all rows of x, by several threads where there is work for them.
+template <class Body>
+inline void over_rows(const FewRows& call, Body body) {
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(call.size, 1));
+  const auto run = [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); };
+  call.parallel(call.rows, grain, run, &body);
 }
 
 inline float sum_of_squares(const float* x, int64_t size, float mean) {
@@ -45,20 +44,16 @@ inline void to_floats(const T* x, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i) out[i] = widen(x[i]);
 }
 
-// Norms over rows; x and out may be the same.
-inline void rms_norm(const float* x, int64_t rows, int64_t size, float eps, float* out) {
-  for (int64_t m = 0; m < rows; ++m, x += size, out += size) {
-    const float scale = 1 / std::sqrt(sum_of_squares(x, size, 0) / size + eps);
-    for (int64_t k = 0; k < size; ++k) out[k] = x[k] * scale;
-  }
+// Norms of a row; x and out may be the same.
+inline void rms_norm(const float* x, int64_t size, float eps, float* out) {
+  const float scale = 1 / std::sqrt(sum_of_squares(x, size, 0) / size + eps);
+  for (int64_t k = 0; k < size; ++k) out[k] = x[k] * scale;
 }
 
-inline void layer_norm(const float* x, int64_t rows, int64_t size, float eps, float* out) {
-  for (int64_t m = 0; m < rows; ++m, x += size, out += size) {
-    const float mean = sum_of(x, size) / size;
-    const float scale = 1 / std::sqrt(sum_of_squares(x, size, mean) / size + eps);
-    for (int64_t k = 0; k < size; ++k) out[k] = (x[k] - mean) * scale;
-  }
+inline void layer_norm(const float* x, int64_t size, float eps, float* out) {
+  const float mean = sum_of(x, size) / size;
+  const float scale = 1 / std::sqrt(sum_of_squares(x, size, mean) / size + eps);
+  for (int64_t k = 0; k < size; ++k) out[k] = (x[k] - mean) * scale;
 }
 
 }  // namespace

@@ -8,8 +8,8 @@ constexpr int kRows = kRegisters >= 32 ? 4 : 2;  // input rows at a time: accumu
 
 struct Floats {
   const float* values;  // [rows, size]
-  int64_t size;
-  const float* row(int64_t m) const { return values + m * size; }
+  int64_t stride;
+  const float* row(int64_t m) const { return values + m * stride; }
 };
 
 // Where `count` rows of weights are read side by side, at byte `at` of each, what comes after them is asked for in

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from sparsecc.errors import BuildError
 from sparsecc.runtime.ops import expressions
 from sparsecc.runtime.ops.few_rows import Spec
 
@@ -61,12 +62,25 @@ def configs(spec: Spec, rows: int, size: int, dtype: torch.dtype) -> list[Config
     return list(dict.fromkeys(narrow))
 
 
+def check_formats(spec: Spec) -> None:
+    """Whether kernels read the weights of ``spec``.
+
+    Raises:
+        BuildError: one is not dense.
+    """
+    if not spec.plain:
+        kept = ", ".join(form.name for form in spec.kept)
+        raise BuildError(f"few_rows in Triton: weights are {kept}; kernels read dense ones")
+
+
 def source(spec: Spec, rows: int) -> str:
     """The Triton of one spec for ``rows`` rows, to be read: its law first.
 
     Raises:
         ValueError: more rows than a kernel computes.
+        BuildError: a weight is in a format that no kernel here reads.
     """
+    check_formats(spec)
     if not 1 <= rows <= MOST_ROWS:
         raise ValueError(f"few_rows in Triton: 1 to {MOST_ROWS} rows, not {rows}")
     name = f"few_rows_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"

@@ -75,8 +75,9 @@ def run(
 
     Raises:
         RuntimeError: arguments that do not fit each other.
-        BuildError: there is no Triton, or it does not take the kernel's source.
+        BuildError: there is no Triton, it does not take the kernel's source, or weights are in other formats.
     """
+    few_rows.check_formats(Spec.of(kernel))
     _check(x, weights, operands, Spec.of(kernel))
     problem = Problem.of(x, weights, kernel)
     shapes = [(*x.shape[:-1], n) for n in problem.features]

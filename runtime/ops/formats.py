@@ -4,6 +4,7 @@ A weight ``[N, K]`` is one or more tensors (:func:`parts`), which stand in a row
 
 - ``dense``: floats of x's dtype. ``bf16``: bfloat16 under any x.
 - ``int8``: q int8 ``[N, K]`` and scale fp32 ``[N]``; W = scale q. Activations are int8 for each row, too.
+- ``int8s``: the same weights; activations are int8 with a step that is known before, and come divided by it.
 - ``int4g<G>``, G = 32, 64 or 128: packed uint8 ``[N, K/2]`` and scale fp16 ``[N, K/G]``;
   W = scale (q - 8) with q in 0 … 15. Suffix ``z``: also zero fp16 ``[N, K/G]``, and W = scale (q - zero).
   Suffix ``a8``: activations are int8 for each row.
@@ -12,8 +13,9 @@ Nibbles: in a group of G weights, byte j holds weight j in its low and weight j 
 a vector of bytes becomes two vectors of weights in their own order.
 
 Activations in int8: s = max|y| / 127 over the row, q = y / s rounded to nearest, ties to even; a row of zeros
-stays zeros, and a row with a NaN or an infinity becomes NaN. Sums of products of integers are exact; one
-multiplication by the scales follows (for nibbles, one for each group).
+stays zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in the same
+way and clamped to -127 … 127: their step is part of the weights' scales, and a row with a NaN becomes NaN. Sums
+of products of integers are exact; one multiplication by the scales follows (for nibbles, one for each group).
 
 Sources: symmetric and affine quantization as in Jacob et al. 2018, "Quantization and Training of Neural
 Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); groups as in Frantar et al. 2022,
@@ -34,6 +36,7 @@ NAMES = (
     "dense",
     "bf16",
     "int8",
+    "int8s",
     *(f"int4g{g}{zero}{act}" for g in GROUPS for zero in ("", "z") for act in ("", "a8")),
 )
 # Sums of this many products of int8 stay within int32.
@@ -60,13 +63,19 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """A format by its parts: ``kind`` is "float", "int8" or "int4"."""
+    """A format by its parts: ``kind`` is "float", "int8" or "int4".
+
+    Attributes:
+        rounds_activations: they are int8.
+        static: they come divided by their step.
+    """
 
     name: str
     kind: str
     group: int = 1
     zero: bool = False
     rounds_activations: bool = False
+    static: bool = False
 
     @classmethod
     @functools.cache
@@ -78,8 +87,8 @@ class Format:
         """
         if name not in NAMES:
             raise ValueError(f"weight format {name!r} is none of {', '.join(NAMES)}")
-        if name == "int8":
-            return cls(name, "int8", rounds_activations=True)
+        if name in ("int8", "int8s"):
+            return cls(name, "int8", rounds_activations=True, static=name == "int8s")
         found = re.fullmatch(r"int4g(\d+)(z?)(a8)?", name)
         if found is None:
             return cls(name, "float")
@@ -228,7 +237,7 @@ def quantize_rows(
         y.abs().amax(-1, keepdim=True) if y.shape[-1] else y.new_zeros((*y.shape[:-1], 1))
     ) / 127
     scale = scale.to(dtype or y.dtype)
-    return _divided(y, scale.to(y.dtype)).round().clamp(-127, 127), scale
+    return _whole(_divided(y, scale.to(y.dtype))), scale
 
 
 def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -246,7 +255,8 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
     check(form, tensors, y.shape[-1])
     if not form.rounds_activations:
         return torch.nn.functional.linear(y, dequantize(name, tensors, y.dtype))
-    q, scale = quantize_rows(y)
+    one = y.new_ones((*y.shape[:-1], 1))
+    q, scale = (_whole(y), one) if form.static else quantize_rows(y)
     exact = q.double()  # holds sums of products of integers exactly
     if form.kind == "int8":
         sums = torch.nn.functional.linear(exact, tensors[0].double())
@@ -255,6 +265,11 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
     sums = torch.einsum("...gk,ngk->...ng", _grouped(exact, form), weights)
     scaled: torch.Tensor = (sums.to(y.dtype) * tensors[1].to(y.dtype)).sum(-1) * scale
     return scaled
+
+
+def _whole(levels: torch.Tensor) -> torch.Tensor:
+    """What int8 has of them; NaN stays."""
+    return levels.round().clamp(-127, 127)
 
 
 def _grouped(values: torch.Tensor, form: Format) -> torch.Tensor:

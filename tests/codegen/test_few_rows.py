@@ -57,10 +57,11 @@ def test_empty(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rows", [(3,), (17,)], ids=str)
 @pytest.mark.parametrize("name", SPECS)
-def test_special_values_propagate(name: str, special: float) -> None:
+def test_special_values_propagate(name: str, rows: tuple[int, ...], special: float) -> None:
     generator.load(SPECS[name])
-    check_special_values(few_rows_native, name, special, (3,))
+    check_special_values(few_rows_native, name, special, rows)
 
 
 def test_every_element_is_written() -> None:
@@ -75,18 +76,20 @@ def test_every_element_is_written() -> None:
 
 def test_the_same_bits_run_to_run_and_for_any_number_of_threads() -> None:
     generator.load(SPECS["q, k, v"])
-    x, weights, operands = inputs("q, k, v", (3,), 577)
     text = SPECS["q, k, v"].text()
-    first, *others = kernel_cases.for_threads(lambda: few_rows_native(x, weights, operands, text))
-    assert all(equal(result, first) for result in others)
+    for rows in ((3,), (200,)):
+        case = inputs("q, k, v", rows, 577, times=20)
+        results = kernel_cases.for_threads(lambda case=case: few_rows_native(*case, text))
+        assert all(equal(result, results[0]) for result in results)
 
 
 def test_two_threads_at_once() -> None:
     """Each gets the bits that it gets alone."""
     for spec in SPECS.values():
         generator.load(spec)
-    cases = {name: (*inputs(name, (2,), 65), spec.text()) for name, spec in SPECS.items()}
-    assert kernel_cases.wrong_at_once(cases) == []
+    for rows in ((2,), (20,)):
+        cases = {name: (*inputs(name, rows, 65), spec.text()) for name, spec in SPECS.items()}
+        assert kernel_cases.wrong_at_once(cases, times=25) == []
 
 
 def test_opcheck() -> None:
@@ -151,7 +154,7 @@ def test_a_spec_is_its_text() -> None:
         ),
         (
             '{"norm": "rms", "eps": 0, "outputs": ["p0"], "formats": ["int5"]}',
-            "weight format 'int5' is none of dense, bf16, int8, int4g32",
+            "weight format 'int5' is none of dense, bf16, int8, int8s, int4g32",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import platform
+from collections.abc import Sequence
 
 import kernel_cases
 import pytest
@@ -32,8 +33,9 @@ MIXED = {
         ("p0 * p1", "p2 * p3", "p4 - p5"),
         ("int8", "bf16", "int4g64", "int4g32za8", "int4g128a8", "int4g128z"),
     ),
+    "both int8": Spec("none", 0.0, ("silu(p0) - p1",), ("int8s", "int8")),
 }
-ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3)]
+ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3), (53,)]  # from 16 on in tiles of weights
 FEATURES = 7  # a block of weights and three left over
 # Instruction sets to build for, where this CPU has them.
 SETS = {
@@ -54,17 +56,25 @@ def settled(spec: Spec, x: torch.Tensor) -> torch.Tensor:
         return x
     while True:
         y = normalized(spec, x.double())
-        level = y / (y.abs().amax(-1, keepdim=True) / 127)
-        tie = ((level - level.floor() - 0.5).abs() < 3e-4).any(-1)
+        levels = [y / (y.abs().amax(-1, keepdim=True) / 127)]
+        if "int8s" in spec.formats and spec.norm != "none":
+            levels.append(y)
+        ties = [((each - each.floor() - 0.5).abs() < 3e-4).any(-1) for each in levels]
+        tie = torch.stack(ties).any(0)
         if not tie.any():
             return x
-        x = torch.where(tie[..., None], torch.randn(x.shape).to(x.dtype), x)
+        x = torch.where(tie[..., None], drawn(spec, x.shape).to(x.dtype), x)
+
+
+def drawn(spec: Spec, shape: Sequence[int]) -> torch.Tensor:
+    """Activations; where they come divided by their step, some are larger than int8."""
+    return torch.randn(shape) * (60 if "int8s" in spec.formats else 1)
 
 
 def inputs(
     spec: Spec, rows: tuple[int, ...], size: int, dtype: torch.dtype = torch.float32
 ) -> Case:
-    x = settled(spec, torch.randn(*rows, size).to(dtype))
+    x = settled(spec, drawn(spec, (*rows, size)).to(dtype))
     weights: list[torch.Tensor] = []
     for form in spec.kept:
         weight = torch.randn(FEATURES, size) / size**0.5
@@ -140,12 +150,13 @@ def test_empty(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("rows", [(3,), (17,)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_special_values_propagate(name: str, special: float) -> None:
+def test_special_values_propagate(name: str, rows: tuple[int, ...], special: float) -> None:
     spec = Spec("none", 0.0, ("t0 + p0",), (name,))
     generator.load(spec)
     for place in ("x", "operand", "weight"):
-        case = x, weights, operands = inputs(spec, (3,), 256)
+        case = x, weights, operands = inputs(spec, rows, 256)
         if place == "x":
             x[1, 5] = special
         elif place == "operand":
@@ -162,12 +173,13 @@ def test_special_values_propagate(name: str, special: float) -> None:
             same_special_values(got, expected)
 
 
+@pytest.mark.parametrize("rows", [(3,), (17,)], ids=str)
 @pytest.mark.parametrize("name", [n for n in NAMES if Format.of(n).rounds_activations])
-def test_rows_without_a_scale(name: str) -> None:
+def test_rows_without_a_scale(name: str, rows: tuple[int, ...]) -> None:
     """Zeros stay zeros; what is too small for a scale in fp32 is as if it were zero."""
     spec = Spec("none", 0.0, ("p0",), (name,))
     generator.load(spec)
-    x, weights, _ = inputs(spec, (3,), 256)
+    x, weights, _ = inputs(spec, rows, 256)
     x[0], x[1] = 0, 1e-45
     (got,) = call(spec, (x, weights, []))
     assert got[:2].eq(0).all()
@@ -181,7 +193,7 @@ def extremes(name: str, size: int) -> Case:
     """Sums as large as they can be, with scales of 1: int32 and no step on the way may saturate."""
     x = torch.full((3, size), 127.0)
     x[1], x[2, ::2] = -127.0, -127.0
-    if name == "int8":
+    if Format.of(name).kind == "int8":
         weight = torch.full((4, size), -128, dtype=torch.int8)
         weight[1], weight[2, ::2], weight[3, 1::3] = 127, 127, 0
         return x, [weight, torch.ones(4)], []
@@ -203,22 +215,62 @@ def test_integer_sums_are_exact(name: str, size: int) -> None:
 
 def check_exact(spec: Spec, size: int) -> None:
     x, weights, _ = extremes(spec.formats[0], size)
-    (got,) = call(spec, (x, weights, []))
     whole = formats.dequantize(spec.formats[0], weights, torch.float64)
-    expected = x.double() @ whole.T
     # Sums of groups are added in fp32.
-    limit = 0 if spec.formats[0] == "int8" else 8 * torch.finfo(torch.float32).eps
-    error = (got.double() - expected.float().double()).abs()
-    assert (error <= limit * (x.double().abs() @ whole.abs().T)).all()
+    limit = 8 * torch.finfo(torch.float32).eps if Format.of(spec.formats[0]).kind == "int4" else 0
+    for rows in (x, x.repeat(7, 1)):
+        (got,) = call(spec, (rows, weights, []))
+        expected = rows.double() @ whole.T
+        error = (got.double() - expected.float().double()).abs()
+        assert (error <= limit * (rows.double().abs() @ whole.abs().T)).all()
 
 
-def test_activations_round_to_nearest_ties_to_even() -> None:
-    spec = Spec("none", 0.0, ("p0",), ("int8",))
+@pytest.mark.parametrize("name", ["int8", "int8s"])
+def test_activations_round_to_nearest_ties_to_even(name: str) -> None:
+    spec = Spec("none", 0.0, ("p0",), (name,))
     generator.load(spec)
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, 126.5, 0.49999997, 3.5000002]])
     one = torch.eye(9, dtype=torch.int8)
     (got,) = call(spec, (x, [one, torch.ones(9)], []))
     assert got.tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0, 126.0, 0.0, 4.0]]
+
+
+def test_activations_of_a_known_step_are_clamped() -> None:
+    spec = Spec("none", 0.0, ("p0",), ("int8s",))
+    generator.load(spec)
+    inf = float("inf")
+    x = torch.tensor([[127.4, 127.5, -127.5, -128.0, 1e9, -3e38, inf, -inf, 3.0]])
+    one, step = torch.eye(9, dtype=torch.int8), torch.full((9,), 0.25)
+    for rows in (x, x.repeat(20, 1)):
+        got = call(spec, (rows, [one, step], []))
+        levels = torch.tensor([127.0, 127, -127, -127, 127, -127, 127, -127, 3])
+        assert got[0].eq(levels * 0.25).all()
+        assert equal(got, meaning(rows, [one, step], [], spec.text()))
+
+
+@pytest.mark.parametrize("name", ["int8", "int8s"])
+@pytest.mark.parametrize("features", [7, 200])
+def test_few_and_many_rows_have_the_same_bits(name: str, features: int) -> None:
+    spec = Spec("none", 0.0, ("p0",), (name,))
+    generator.load(spec)
+    x = drawn(spec, (100, 5001))
+    weights = list(formats.quantize(torch.randn(features, 5001), name))
+    (many,) = call(spec, (x, weights, []))
+    few = [call(spec, (rows, weights, []))[0] for rows in x.split(7)]
+    assert torch.equal(many, torch.cat(few))
+
+
+@pytest.mark.parametrize("name", ["dense", "bf16", "int8s", "int4g32", "int4g32a8", "int4g128za8"])
+def test_many_rows_features_and_sizes(name: str) -> None:
+    """Several tiles, several pieces of the sums."""
+    spec = Spec("none", 0.0, ("p0 + v0",), (name,))
+    generator.load(spec)
+    cases = []
+    for rows, features, size in ((49, 150, 4480), (16, 64, 640), (97, 65, 128)):
+        x = settled(spec, drawn(spec, (rows, size)))
+        weights = formats.quantize(torch.randn(features, size) / size**0.5, name)
+        cases.append((x, list(weights), [torch.randn(features)]))
+    kernel_cases.check(spec, *cases)
 
 
 def every_half() -> torch.Tensor:
@@ -230,12 +282,13 @@ def check_every_half(spec: Spec) -> None:
     scale = every_half()[:, None]
     levels = torch.full((len(scale), 32), 8, dtype=torch.uint8)
     levels[:, 3] = 9
-    x = torch.zeros(1, 32)
-    x[0, 3] = 1
-    (got,) = call(spec, (x, [formats.pack(levels, 32), scale], []))
     finite = scale.isfinite().squeeze(-1)
-    assert torch.equal(got[0][finite], scale.float().squeeze(-1)[finite])
-    assert not got[0][~finite].isfinite().any()
+    for rows in (1, 16):
+        x = torch.zeros(rows, 32)
+        x[:, 3] = 1
+        (got,) = call(spec, (x, [formats.pack(levels, 32), scale], []))
+        assert torch.equal(got[-1][finite], scale.float().squeeze(-1)[finite])
+        assert not got[-1][~finite].isfinite().any()
 
 
 def test_every_half() -> None:
@@ -275,7 +328,8 @@ def test_every_instruction_set(march: str) -> None:
         pytest.skip(f"this CPU is no {march}")
     flags = (f"-march={march}", *(f for f in generator.FLAGS if not f.startswith("-march")))
     spec = MIXED["all"]
-    loaded = [Spec("none", 0.0, ("p0",), (name,)) for name in ("int8", "int4g32za8", "int4g32")]
+    names = ("int8", "int4g32za8", "int4g32", "int8s")
+    loaded = [Spec("none", 0.0, ("p0",), (name,)) for name in names]
     try:
         generator.load(spec, flags=flags)
         for rows in ROWS:
@@ -284,6 +338,7 @@ def test_every_instruction_set(march: str) -> None:
             generator.load(each, flags=flags)
         check_exact(loaded[0], 65536)
         check_exact(loaded[0], 65536 + 77)
+        check_exact(loaded[3], 640)
         check_exact(loaded[1], 640)
         check_every_half(loaded[2])
     finally:
@@ -302,10 +357,13 @@ def test_every_element_is_written() -> None:
                 assert all(r.isfinite().all() for r in call(spec, inputs(spec, rows, 128)))
 
 
+@pytest.mark.parametrize("rows", [(5,), (200,)], ids=str)
 @pytest.mark.parametrize("name", MIXED)
-def test_the_same_bits_run_to_run_and_for_any_number_of_threads(name: str) -> None:
+def test_the_same_bits_run_to_run_and_for_any_number_of_threads(
+    name: str, rows: tuple[int, ...]
+) -> None:
     generator.load(MIXED[name])
-    case = inputs(MIXED[name], (5,), 640)
+    case = inputs(MIXED[name], rows, 640)
     first, *others = kernel_cases.for_threads(lambda: call(MIXED[name], case))
     assert all(equal(result, first) for result in others)
 
@@ -315,8 +373,9 @@ def test_two_threads_at_once() -> None:
     specs = {**ONE, **MIXED}
     for spec in specs.values():
         generator.load(spec)
-    cases = {name: (*inputs(spec, (2,), 256), spec.text()) for name, spec in specs.items()}
-    assert kernel_cases.wrong_at_once(cases, times=20) == []
+    for rows in ((2,), (20,)):
+        cases = {name: (*inputs(spec, rows, 256), spec.text()) for name, spec in specs.items()}
+        assert kernel_cases.wrong_at_once(cases, times=10) == []
 
 
 @pytest.mark.parametrize("name", MIXED)

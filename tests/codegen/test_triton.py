@@ -12,8 +12,11 @@ from grids import run_grid
 from support import randomise, run
 from torch import nn
 
-from sparsecc.codegen.triton import build, few_rows
+from sparsecc.codegen.triton import build, few_rows, launch
+from sparsecc.errors import BuildError
 from sparsecc.proof import compare
+from sparsecc.runtime.ops import formats
+from sparsecc.runtime.ops.few_rows import Spec
 
 pytest.importorskip("triton", reason="the `triton` extra is not installed")
 
@@ -119,3 +122,11 @@ def test_the_source_says_what_it_computes() -> None:
 def test_rows_that_no_kernel_computes(rows: int) -> None:
     with pytest.raises(ValueError, match=f"1 to 16 rows, not {rows}"):
         few_rows.source(SPECS["one"], rows)
+
+
+def test_weights_in_other_formats_are_refused() -> None:
+    spec = Spec("none", 0.0, ("p0",), ("int8s",))
+    case = torch.randn(2, 8), list(formats.quantize(torch.randn(5, 8), "int8s")), []
+    for refused in (lambda: few_rows.source(spec, 2), lambda: launch.run(*case, spec.text())):
+        with pytest.raises(BuildError, match="weights are int8s; kernels read dense ones"):
+            refused()

@@ -120,8 +120,9 @@ def test_products_by_integers(name: str) -> None:
     y = torch.randn(3, 256, dtype=torch.float64)
     _, tensors = parts(name)
     form = Format.of(name)
-    scale = y.abs().amax(-1, keepdim=True) / 127
-    q = (y / scale).round().long()
+    scale = y.new_ones(3, 1) if form.static else y.abs().amax(-1, keepdim=True) / 127
+    y = y * 100 if form.static else y
+    q = (y / scale).round().clamp(-127, 127).long()
     if form.kind == "int8":
         expected = (q @ tensors[0].long().T).double() * scale * tensors[1].double()
     else:
@@ -144,6 +145,14 @@ def test_rows_of_activations() -> None:
     assert q[2].isnan().all()
     infinite = torch.tensor([[float("inf"), 1.0]])
     assert formats.product(infinite, "int8", parts("int8", 5, 2)[1]).isnan().all()
+
+
+def test_rows_of_activations_of_a_known_step() -> None:
+    y = torch.tensor([[200.0, 0.5, 1.5, -300.0], [float("inf"), 0, 0, 0], [float("nan"), 1, 2, 3]])
+    weights = torch.eye(4, dtype=torch.int8), torch.full((4,), 0.5)
+    got = formats.product(y, "int8s", weights)
+    assert got[:2].tolist() == [[63.5, 0.0, 1.0, -63.5], [63.5, 0.0, 0.0, 0.0]]
+    assert got[2].isnan().all()
 
 
 @pytest.mark.parametrize(
@@ -174,5 +183,5 @@ def test_sizes_that_are_no_multiple_of_a_group(name: str) -> None:
 
 
 def test_a_name_that_is_none() -> None:
-    with pytest.raises(ValueError, match="'int4' is none of dense, bf16, int8, int4g32"):
+    with pytest.raises(ValueError, match="'int4' is none of dense, bf16, int8, int8s, int4g32"):
         formats.quantize(torch.randn(2, 2), "int4")
