@@ -23,6 +23,7 @@ import few_rows
 import freshness
 import gemv
 import networks
+import quantization
 import speed
 import torch
 from limits import limits
@@ -39,6 +40,7 @@ SUITES = {
     "decode_quantized": decode_quantized.run,
     "few_rows": few_rows.run,
     "gemv": gemv.run,
+    "quantization": quantization.run,
 }
 
 

@@ -50,7 +50,9 @@ GRID = [
 
 @pytest.mark.parametrize(("name", "mask", "dtype"), GRID)
 def test_as_near_to_fp64_as_aten(name: str, mask: str, dtype: torch.dtype) -> None:
-    sizes = (1, 1, 1, 0), (2, 1, 64, 63), (1, 1, 140, 70), (2, 5, 70, 3), (1, 9, 100, 80)
+    sizes = ((2, 1, 64, 63), (1, 1, 140, 70), (2, 5, 70, 3))
+    if not INTERPRETED or mask == "causal":
+        sizes += ((1, 1, 1, 0), (1, 9, 100, 80))
     check(run, *(case(name, b, t, s, mask, start, dtype=dtype) for b, t, s, start in sizes))
 
 
