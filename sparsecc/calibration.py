@@ -76,10 +76,11 @@ def calibrate(
     seen = observe(model, first, options, progress=progress)
     with simulated(model, seen, options) as simulation:
         judge = _Judge(simulation, METRICS[metric], held, progress)
-        searches = []
+        searches: list[_Search] = []
         for name, given in chosen.items():
             recipe = make(name, seen, **_with_skip(given, skip))
-            searches.append(_search(seen, recipe, judge, budget, latency))
+            limit = min((search.cost for search in searches), default=math.inf)
+            searches.append(_search(seen, recipe, judge, budget, latency, limit))
     return _best(seen, searches, metric, budget, target, len(held), require)
 
 
@@ -178,8 +179,9 @@ def _search(
     judge: _Judge,
     budget: float,
     latency: Mapping[str, Mapping[str, float]] | None,
+    limit: float,
 ) -> _Search:
-    """The fewest steps up that hold, by bisection: each step takes error away."""
+    """The fewest steps up that hold, by bisection: each step takes error away. ``limit``: the cost to beat."""
     ladders = _ladders(seen, recipe, latency)
     steps = path(ladders)
     found = _Search(recipe)
@@ -212,14 +214,17 @@ def _search(
         return held
 
     found.cost = cost({})
-    low, high = -1, len(steps)  # `low` does not hold; all steps leave the model as it is
-    count = 0
+    # All steps leave the model as it is; what costs more than another method's choice is not worth measuring.
+    dear = (k for k in range(1, len(steps)) if cost(after(k)) > limit)
+    low, high = 0, next(dear, len(steps))
+    if not steps or holds(0):
+        return found
     while high - low > 1:
+        count = (low + high) // 2
         if holds(count):
             high = count
         else:
             low = count
-        count = (low + high) // 2
     return found
 
 

@@ -140,6 +140,17 @@ def test_the_cheapest_method_that_holds_is_chosen() -> None:
     assert recipe.clips
 
 
+def test_what_costs_more_than_another_method_is_not_measured() -> None:
+    model, batches = decoder(), token_batches(6)
+    both = sparsecc.calibrate(model, batches, methods=["int8", "int4"], budget=1.1e-5)
+    alone = sparsecc.calibrate(model, batches, methods=["int4"], budget=1.1e-5)
+    whole = both.tried[0]
+    assert (whole["method"], whole["held"]) == ("int8", True)
+    assert all(e["bytes"] <= whole["bytes"] for e in both.tried)
+    assert any(e["bytes"] > whole["bytes"] for e in alone.tried)
+    assert both.about["bytes"] == min(whole["bytes"], alone.about["bytes"])
+
+
 def test_what_serves_other_sites_is_left_out() -> None:
     """A recipe for some sites has their numbers alone."""
     recipe = sparsecc.calibrate(
