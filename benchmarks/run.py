@@ -20,6 +20,7 @@ import crmsnorm
 import decode
 import few_rows
 import freshness
+import gemm
 import gemv
 import networks
 import speed
@@ -37,6 +38,7 @@ SUITES = {
     "decode": decode.run,
     "few_rows": few_rows.run,
     "gemv": gemv.run,
+    "gemm": gemm.run,
 }
 
 
