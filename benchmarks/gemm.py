@@ -12,14 +12,13 @@ pass over the rows. int4 with int8 activations reaches 85% of int8, as each grou
 int4 with float activations what ``linear`` reaches in fp32, where dequantizing first loses a factor of 1.2
 to 5. Kernels for few rows reached 100 to 270 (int8) and 60 (int4g32) at these sizes.
 
-What came out, in the least disturbed runs: int8 350 to 407 at 512 rows, 290 to 347 at 128 and 195 to 240 at
-32. That is 1.1 to 1.7 times ``_int_mm`` with rounding by ATen at every size; ``_int_mm`` alone, which
-rounds and scales nothing, is 1.0 to 1.2 times as fast as int8 from 128 rows on, and up to 1.3 times at 32.
-The product itself runs at 99% of the limit; rounding activations takes 6% of the time at 512 rows, and
-laying out weights a quarter to a half at 32. A static step is 1.02 to 1.1 times as fast as rounding by
-rows. Wrong: int4 with int8 activations reaches 89 to 100% of int8, and more than int8 at 32 rows, as fewer
-bytes are read; int4 with float activations (106 to 111 at 512 rows) is 1.1 times ``linear`` in fp32, and
-more against dequantizing first.
+What came out, in the least disturbed runs: int8 350 to 407 at 512 rows, 290 to 347 at 128 and 267 to 302 at
+32. That is 1.1 to 2 times ``_int_mm`` with rounding by ATen at every size; ``_int_mm`` alone, which rounds
+and scales nothing, is 1.0 to 1.2 times as fast as int8, and 0.9 times with long rows at 32. The product of
+tiles itself runs at 99% of the limit; rounding activations takes 6% of the time at 512 rows, and laying out
+weights a quarter at 32. A static step is 1.02 to 1.15 times as fast as rounding by rows. Wrong: int4 with
+int8 activations reaches 89 to 100% of int8; int4 with float activations (106 to 111 at 512 rows) is 1.1
+times ``linear`` in fp32, and more against dequantizing first.
 """
 
 from __future__ import annotations
