@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sparsecc.errors import CalibrationError
-from sparsecc.methods.common import STATIC, fits, stored
+from sparsecc.methods.common import STATIC, fits
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
+from sparsecc.runtime.ops.formats import Format
 
 DENSE = "dense"  # a site that stays as it is
 _ITEMSIZE = {"float64": 8, "float32": 4}
@@ -39,7 +40,7 @@ def nbytes(observations: Observations, recipe: Recipe, site: str, form: str) -> 
     if form == DENSE:
         return features * size * own
     found = 0
-    for part in stored(form).parts:
+    for part in Format.of(form).parts:
         itemsize = own if part.dtype is None else part.dtype.itemsize
         count = 1
         for extent in part.shape(features, size):

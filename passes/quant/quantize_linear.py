@@ -140,22 +140,24 @@ class QuantizeLinear(Pass):
         read: Any = node.args[1]
         operands: Any = list(node.args[2])  # type: ignore[arg-type]
         x: Any = node.args[0]
-        steps = self._steps(match.nodes["sites"])
+        (step,) = self._steps(match.nodes["sites"])
         corrected = [i for i, site in chosen.items() if site.name in self.recipe.corrections]
-        if corrected or steps != {1.0}:
+        if corrected or step != 1.0:
             x, spec = _norm_apart(program, node, spec, self.name), replace(spec, norm="none")
         texts = list(spec.outputs)
         for i in corrected:
             term = self._correction(program, node, x, self.recipe.corrections[chosen[i].name])
             texts = [re.sub(rf"\bp{i}\b", f"(p{i} + t{len(operands)})", text) for text in texts]
             operands.append(term)
-        if steps != {1.0}:
-            x = self._stepped(program, node, x, steps)
+        if step != 1.0:  # no link could move it into what makes x
+            x = program.call(
+                aten.mul.Scalar, (x, 1 / step), like=node, origin=self.name, before=node
+            )
         formats, tensors = [], []
         for i, weight in enumerate(read):
             form = self.recipe.sites[chosen[i].name] if i in chosen else "dense"
             formats.append(form)
-            tensors += self._rounded(program, node, weight, form, chosen.get(i))
+            tensors += self._rounded(program, node, weight, form, chosen.get(i), step)
         text = replace(spec, outputs=tuple(texts), formats=tuple(formats)).text()
         node.args = (x, tensors, operands, text)
         for tensor in tensors:
@@ -164,24 +166,26 @@ class QuantizeLinear(Pass):
         program.version += 1
 
     def _rounded(
-        self, program: Program, node: fx.Node, weight: fx.Node, form: str, site: Site | None
+        self,
+        program: Program,
+        node: fx.Node,
+        weight: fx.Node,
+        form: str,
+        site: Site | None,
+        step: float,
     ) -> list[fx.Node]:
         assert self.recipe is not None
+        build = program.weight(self.name, node)
+        if step != 1.0:  # what reads x / s takes s into its weight, rounded or not
+            dtype = weight.meta["val"].dtype
+            weight = build.as_dtype(build.mul(build.wide(weight), step), dtype)
         if site is None:
             return [weight]
-        build = program.weight(self.name, node)
         clip: Any = self.recipe.clips.get(site.name)
         if clip is not None:
             clip = program.constant(clip.float(), like=node, origin=self.name)
         parts = Format.of(form).parts
         return [build.call(rounded_weight, weight, clip, form, i) for i in range(len(parts))]
-
-    def _stepped(self, program: Program, node: fx.Node, x: fx.Node, steps: set[float]) -> fx.Node:
-        """x / s, by a multiplication: no link could move it into a weight."""
-        (step,) = steps  # layers of one input have one step: it is that of the input
-        return program.call(
-            aten.mul.Scalar, (x, 1 / step), like=node, origin=self.name, before=node
-        )
 
     def _correction(
         self, program: Program, node: fx.Node, x: fx.Node, pair: tuple[torch.Tensor, torch.Tensor]

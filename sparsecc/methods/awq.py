@@ -16,11 +16,11 @@ from collections.abc import Sequence
 
 import torch
 
-from sparsecc.methods.common import columns, gather, migrated, start, stored
+from sparsecc.methods.common import columns, gather, migrated, start
 from sparsecc.methods.int4 import formats
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
-from sparsecc.runtime.ops.formats import dequantize, quantize
+from sparsecc.runtime.ops.formats import Format, dequantize, quantize
 from sparsecc.runtime.ops.rounded_weight import clipped
 from sparsecc.watch import LinkFacts
 
@@ -51,7 +51,7 @@ def awq(
         if found is not None:
             recipe.scales[name] = found
     for site, form in recipe.sites.items() if clip else ():
-        if stored(form).kind == "int4":
+        if Format.of(form).kind == "int4":
             recipe.clips[site] = clips(observations, recipe, site)
     return recipe
 
@@ -99,7 +99,7 @@ def _loss(
 
 def clips(observations: Observations, recipe: Recipe, site: str) -> torch.Tensor:
     """The share of its largest magnitude that each group of a row keeps, fp32 [N, groups]; q and k keep all."""
-    form = stored(recipe.sites[site])
+    form = Format.of(recipe.sites[site])
     weight = migrated(observations, recipe, site).float()
     scale, shift = (v.float() for v in columns(observations, recipe, site))
     x = (observations.input(site).sample - shift) / scale

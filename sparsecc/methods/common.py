@@ -24,15 +24,10 @@ FLOOR = 1e-5  # of a channel's magnitude, relative to the largest of its link
 _SMALLEST = 1e-30
 
 
-def stored(name: str) -> Format:
-    """How the weight of a format is kept; of static activations nothing is kept beside it."""
-    return Format.of("int8" if name == STATIC else name)
-
-
 def fits(name: str, size: int) -> bool:
     """Whether rows of ``size`` weights can be kept in a format."""
     try:
-        stored(name).check_size(size)
+        Format.of(name).check_size(size)
     except ValueError:
         return False
     return True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from sparsecc.methods.common import STATIC, columns, migrated, rounded, rows, stored
+from sparsecc.methods.common import columns, migrated, rounded, rows
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops import formats
@@ -57,9 +57,10 @@ class RoundedSite:
 
     def seen(self, y: torch.Tensor) -> torch.Tensor:
         """What rounding leaves of the activations."""
-        if self.form == STATIC:
+        form = formats.Format.of(self.form)
+        if form.static:
             return rounded(y, self.step)
-        if not formats.Format.of(self.form).rounds_activations:
+        if not form.rounds_activations:
             return y
         q, scale = formats.quantize_rows(y)
         return q * scale
@@ -77,9 +78,8 @@ def rounded_site(
     own = chosen == recipe.sites.get(site)
     weight = migrated(observations, recipe, site)
     clip = recipe.clips.get(site) if own else None
-    name = stored(chosen).name
     weight = weight if clip is None else clipped(weight, clip)
-    kept = formats.dequantize(name, formats.quantize(weight, name), torch.float64)
+    kept = formats.dequantize(chosen, formats.quantize(weight, chosen), torch.float64)
     scale, shift = columns(observations, recipe, site)
     correction = recipe.corrections.get(site) if own else None
     return RoundedSite(

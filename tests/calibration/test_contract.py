@@ -106,6 +106,10 @@ def test_migrated_weights_and_inputs_are_those_of_the_passes(kind: str) -> None:
         ("awq", {}),
         ("lorc", {"base": "awq"}),
         ("lorc", {"base": "int8"}),
+        ("w8a8", {}),
+        ("smoothquant", {"static": True}),
+        ("outliertune", {}),
+        ("repq", {}),
     ],
 )
 def test_a_compiled_recipe_is_its_simulation(name: str, options: dict[str, Any]) -> None:

@@ -22,7 +22,6 @@ from sparsecc.methods.common import (
     migrated,
     rounded,
     step_of,
-    stored,
 )
 from sparsecc.methods.lorc import low_rank
 from sparsecc.methods.reference import apply, rounded_site
@@ -522,8 +521,3 @@ def test_methods_are_pure(seen: Observations, name: str) -> None:
 def test_wrong_options(seen: Observations, name: str, options: dict[str, Any], words: str) -> None:
     with pytest.raises(CalibrationError, match=words):
         make(name, seen, **options)
-
-
-def test_formats_are_stored_as_what_they_are() -> None:
-    assert stored(STATIC).name == "int8"
-    assert stored("int4g32z").group == 32

@@ -50,10 +50,11 @@ def rounded(model: nn.Module, recipe: Recipe) -> nn.Module:
     for name, layer in twin.named_modules():
         if isinstance(layer, nn.Linear) and f"{name}.weight" in recipe.sites:
             form = recipe.sites[f"{name}.weight"]
-            kept = formats.quantize(layer.weight.detach(), form)
+            step = recipe.activations.get(f"{name}.weight", 1.0)
+            kept = formats.quantize(layer.weight.detach() * step, form)
 
-            def forward(x, form=form, kept=kept, bias=layer.bias):
-                y = formats.product(x, form, kept)
+            def forward(x, form=form, kept=kept, bias=layer.bias, step=step):
+                y = formats.product(x / step, form, kept)
                 return y if bias is None else y + bias
 
             layer.forward = forward  # type: ignore[method-assign]
@@ -94,20 +95,30 @@ def test_sites_that_the_recipe_leaves_out_stay_as_they_are() -> None:
     assert words[0] == "none | silu(p0) * (p1 + v0)"
 
 
-def test_static_steps_are_multiplied_where_no_weight_holds_them() -> None:
+@pytest.mark.parametrize("left", [(), ("up.weight",)])
+@pytest.mark.parametrize(
+    "codegen", ["aten", "cpp"]
+)  # without the region's norm, and with it inside
+def test_a_step_that_no_link_holds_goes_into_the_weights(
+    left: tuple[str, ...], codegen: str
+) -> None:
+    """x / s is what the product reads, and s goes into every weight that reads it, rounded or not."""
     model = randomise(Layers()).eval()
-    recipe = recipe_of(model, X)
-    plain = rounded(model, recipe)(X.double())
-    for site in ("gate.weight", "up.weight"):
-        recipe.activations[site] = 0.25
+    recipe = recipe_of(model, X, form="int8s")
+    for site in left:
+        del recipe.sites[site]
     with torch.no_grad():
-        for codegen in ("aten", "cpp"):  # with the region's norm inside, and without
-            result, _ = run(model, X, **only(recipe, codegen))
-            # int8 divides by the largest of a row again: its result is 4 times what it was before silu.
-            model.norm.weight.mul_(4)
-            expected = rounded(model, recipe)(X.double())
-            model.norm.weight.div_(4)
-            assert error(result, expected) < error(expected, plain) / 10
+        y = model.norm(X)
+        hidden = F.silu(model.gate(y)) * model.up(y)
+        for value, readers in ((y, ("gate.weight", "up.weight")), (hidden, ("down.weight",))):
+            step = float(value.abs().max()) / 127
+            recipe.activations |= {site: step for site in readers if site in recipe.sites}
+        result, _ = run(model, X, **only(recipe, codegen))
+        meant, exact = rounded(model, recipe)(X.double()), copy.deepcopy(model).double()(X.double())
+    lost = error(meant, exact)
+    assert 1e-4 < lost < 0.05
+    # An activation that lies between two steps may be rounded to the other one.
+    assert error(result, meant) < lost / 4
 
 
 def test_steps_of_one_input_must_be_one() -> None:
