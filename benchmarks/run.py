@@ -21,6 +21,7 @@ import decode
 import decode_quantized
 import few_rows
 import freshness
+import gemm
 import gemv
 import networks
 import quantization
@@ -41,6 +42,7 @@ SUITES = {
     "few_rows": few_rows.run,
     "gemv": gemv.run,
     "quantization": quantization.run,
+    "gemm": gemm.run,
 }
 
 

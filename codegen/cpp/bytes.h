@@ -11,12 +11,17 @@ typedef int32_t Ints __attribute__((vector_size(kBytes)));
 
 template <class T>
 inline T load_bytes(const void* address, int64_t count = kBytes) {  // zeros behind `count` bytes
+#if defined(__AVX512BW__)  // the compiler would keep `bytes` in memory
+  const __mmask64 some = count >= kBytes ? ~__mmask64{0} : (__mmask64{1} << count) - 1;
+  return (T)_mm512_maskz_loadu_epi8(some, address);
+#else
   T bytes = {};
   if (count >= kBytes)
     std::memcpy(&bytes, address, kBytes);
   else
     std::memcpy(&bytes, address, count);
   return bytes;
+#endif
 }
 
 inline int32_t sum(Ints ints) {  // what overflows on the way comes back
@@ -106,7 +111,7 @@ inline Ints dot_signed(Ints sums, Bytes w, Bytes a) { return dot_prepared(sums, 
 
 // ---- activations in int8 --------------------------------------------------------------------------
 
-// y[m, k] = scale[m] q[m, k], q of -127 .. 127; zeros behind each row, up to whole vectors. Rows are set once each.
+// y[m, k] = scale[m] q[m, k], q of -127 .. 127; zeros behind each row, up to whole vectors. Each row is set once.
 struct Quantized {
   int64_t rows, size, stride;
   Buffer<int8_t> values;

@@ -53,6 +53,8 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     law = [f"//   out{j}[m, n] = {text}" for j, text in enumerate(spec.outputs)]
     firsts = [spec.slots[spec.weights(j)[0]].start for j in range(len(spec.outputs))]
     outputs = range(len(spec.outputs))
+    bytes_only = all(form.kind == "int8" for form in spec.kept)
+    many = "many_rows_of_int8(call->size)" if bytes_only else "kManyRows"
     bodies = [function(spec, j, dtype) for j in outputs for function in (_output, _tiles)]
     return f"""// {name}: {DTYPES[dtype]} on CPU, for any number of rows m, features n and size k.
 {chr(10).join(law)}
@@ -88,7 +90,7 @@ using Stored = sparsecc::{_STORED[dtype]};
 const char* run(const FewRows* call) {{
 {_checks(spec)}
 {_prologue(spec, dtype)}
-  if (call->rows < kManyRows) {{
+  if (call->rows < {many}) {{
 {_start(spec, dtype, many=False)}
   }} else {{
 {_start(spec, dtype, many=True)}

@@ -1,15 +1,19 @@
-// Products for many rows: kTile features of a weight are laid out as vectors of features, once for all rows, and stay
-// in the cache while these pass by: out[c * kTile + r] = sum over k of y[m + c, k] W[n + r, k].
+// Products for many rows: kTile features of a weight are laid out as vectors of features, once for all rows,
+// and stay in the cache while these pass by: out[c * kTile + r] = sum over k of y[m + c, k] W[n + r, k].
 
 namespace {
 
-constexpr int64_t kManyRows = 16;                    // from here on it pays
-constexpr int kTall = kRegisters >= 32 ? 6 : 4;      // rows at a time, at most: accumulators must fit the registers
-constexpr int kVectors = kRegisters >= 32 ? 4 : 2;   // of features, beside each other
+constexpr int64_t kManyRows = 16;                   // from here on it pays
+constexpr int kTall = kRegisters >= 32 ? 6 : 4;     // rows at a time, at most: sums must fit the registers
+constexpr int kVectors = kRegisters >= 32 ? 4 : 2;  // of features, beside each other
 constexpr int kTile = kVectors * kLanes;
-constexpr int kBands = 8;                            // of up to kTall rows, for which a task computes its tile
+constexpr int kBands = 8;  // of up to kTall rows, for which a task computes its tile
 
-// The rows in bands of nearly the same height, kTall or one less where there are kManyRows.
+// Where it pays if all weights are int8: few rows are multiplied as fast, but for adding up across vectors at
+// the end of each row; and laying out long rows takes the longest.
+inline int64_t many_rows_of_int8(int64_t size) { return size < 4096 ? 32 : 64; }
+
+// The rows in bands of nearly the same height: kTall or one or two less where there are kManyRows.
 struct Bands {
   int64_t rows, count;
   explicit Bands(int64_t rows) : rows(rows), count((rows + kTall - 1) / kTall) {}
@@ -124,7 +128,7 @@ struct Many {  // Dense, Int4: as floats
   using Rows = Floats;
   using Lane = float;
   using Sum = Vector;
-  static constexpr int64_t chunk = 128;  // lanes: what is added up by itself, or the error grows; and is in the cache meanwhile
+  static constexpr int64_t chunk = 128;  // lanes that are added up by themselves: errors grow with their number
   static constexpr int per = 1, group = 0, beside = kVectors;
   static constexpr bool zeros = false;
   static Vector add(Vector sum, Vector w, Vector y) { return sum + w * y; }
@@ -135,7 +139,7 @@ struct Many<Int8> {
   using Rows = Quantized;
   using Lane = int8_t;
   using Sum = Ints;
-  static constexpr int64_t chunk = 1024;
+  static constexpr int64_t chunk = 1024;  // what is in the second cache while the rows pass by
   static constexpr int per = 4, group = 0, beside = kVectors;
   static constexpr bool zeros = false;
   static Ints add(Ints sum, Bytes w, Bytes y) { return dot_prepared(sum, w, y); }
@@ -179,7 +183,8 @@ class Panel {
 
   explicit Panel(const Weight& w)
       : w_(w), steps_((w.size + How::per - 1) / How::per), padded_((steps_ + kPiece - 1) / kPiece * kPiece),
-        lanes_(padded_ * kTile * How::per), scale_(scales() * kTile), zero_(How::zeros ? scales() * kTile : 0) {}
+        lanes_(padded_ * kTile * How::per), scale_(scales() * kTile),
+        zero_(How::zeros ? scales() * kTile : 0) {}
 
   int64_t steps() const { return steps_; }
   const Lane* lanes(int v, int64_t step) const {  // of vectors from v on
@@ -191,7 +196,8 @@ class Panel {
   // Features n .. n + count; what is behind them is anything.
   void pack(int64_t n, int count) {
     for (int v = 0; v * kLanes < count; ++v)
-      for (int64_t step = 0; step < steps_; step += kPiece) pack_piece(v, n + v * kLanes, count - v * kLanes, step);
+      for (int64_t step = 0; step < steps_; step += kPiece)
+        pack_piece(v, n + v * kLanes, count - v * kLanes, step);
     if constexpr (How::per > 1)
       for (int r = 0; r < count; ++r)
         for (int64_t g = 0; g < scales(); ++g) {
@@ -207,8 +213,8 @@ class Panel {
     alignas(64) Lane piece[kLanes][kPiece * How::per];
     const int64_t some = std::min(kPiece, steps_ - step);
     for (int r = 0; r < kLanes; ++r) lanes_of(w_, n + std::min(r, count - 1), step, some, piece[r]);
-    Lane* to = lanes_.data() + (v / How::beside * How::beside * padded_ + step * How::beside) * kLanes * How::per;
-    to += v % How::beside * kBytes / int(sizeof(Lane));
+    const int first = v / How::beside * How::beside;
+    Lane* to = lanes_.data() + (first * padded_ + step * How::beside + v - first) * kLanes * How::per;
     for (int64_t i = 0; i < some; i += kLanes) {
       Ints rows[kLanes];
 #pragma GCC unroll 16
@@ -326,15 +332,17 @@ inline void finish(const Panel<Int8>& panel, const Quantized& y, int64_t m, int6
 template <class Weight, int group>
 inline void finish(const Panel<Weight>&, const Grouped<group>& y, int64_t m, int64_t rows, float* out) {
   for (int64_t c = 0; c < rows; ++c)
-    for (int r = 0; r < kTile; r += kLanes, out += kLanes) store_lanes<Vector>(out, load(out) * y.from.scale[m + c]);
+    for (int r = 0; r < kTile; r += kLanes, out += kLanes)
+      store_lanes<Vector>(out, load(out) * y.from.scale[m + c]);
 }
 
 template <class Weight>
 inline void products(const Panel<Weight>& panel, const typename Many<Weight>::Rows& y, const Bands& bands,
                      int64_t first, int64_t last, float* out) {
   const int64_t begin = bands.begin(first);
-  for (int64_t from = 0; from < panel.steps(); from += Many<Weight>::chunk) {
-    const int64_t to = std::min(from + Many<Weight>::chunk, panel.steps());
+  int64_t from = 0, to = 0;
+  do {  // once where there is no step: sums are zero
+    to = std::min(from + Many<Weight>::chunk, panel.steps());
     for (int64_t band = first; band < last; ++band) {
       const int64_t m = bands.begin(band), rows = bands.begin(band + 1) - m;
       float* place = out + (m - begin) * kTile;
@@ -344,7 +352,8 @@ inline void products(const Panel<Weight>& panel, const typename Many<Weight>::Ro
         default: multiply<kTall - 2>(panel, y, m, from, to, place);
       }
     }
-  }
+    from = to;
+  } while (from < panel.steps());
   finish(panel, y, begin, bands.begin(last) - begin, out);
 }
 

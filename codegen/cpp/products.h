@@ -14,8 +14,10 @@ inline void part(const int64_t* ends, int j, int64_t begin, int64_t end, Body bo
 template <class Body>
 inline void over_rows(const FewRows& call, Body body) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(call.size, 1));
-  const auto run = [](int64_t begin, int64_t end, void* context) { (*static_cast<Body*>(context))(begin, end); };
-  call.parallel(call.rows, grain, run, &body);
+  const auto some = [](int64_t begin, int64_t end, void* context) {
+    (*static_cast<Body*>(context))(begin, end);
+  };
+  call.parallel(call.rows, grain, some, &body);
 }
 
 inline float sum_of_squares(const float* x, int64_t size, float mean) {

@@ -47,7 +47,7 @@ def test_addresses_that_are_not_aligned() -> None:
     check("one", (x, shifted, operands))
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (2, 0, 8)])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0), (17, 0), (2, 0, 8)])
 def test_empty(shape: tuple[int, ...]) -> None:
     generator.load(SPECS["one"])
     text = SPECS["one"].text()

@@ -35,7 +35,7 @@ MIXED = {
     ),
     "both int8": Spec("none", 0.0, ("silu(p0) - p1",), ("int8s", "int8")),
 }
-ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3), (53,)]  # from 16 on in tiles of weights
+ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3), (53,)]  # from 16, or 32 with int8, in tiles
 FEATURES = 7  # a block of weights and three left over
 # Instruction sets to build for, where this CPU has them.
 SETS = {
@@ -138,7 +138,7 @@ def test_addresses_that_are_not_aligned(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("shape", [(0, 128), (3, 0), (2, 0, 128)])
+@pytest.mark.parametrize("shape", [(0, 128), (3, 0), (65, 0), (2, 0, 128)])
 def test_empty(name: str, shape: tuple[int, ...]) -> None:
     generator.load(ONE[name])
     weights = list(formats.quantize(torch.randn(FEATURES, shape[-1]), name))
@@ -150,7 +150,7 @@ def test_empty(name: str, shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("special", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("rows", [(3,), (17,)], ids=str)
+@pytest.mark.parametrize("rows", [(3,), (65,)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_special_values_propagate(name: str, rows: tuple[int, ...], special: float) -> None:
     spec = Spec("none", 0.0, ("t0 + p0",), (name,))
@@ -173,7 +173,7 @@ def test_special_values_propagate(name: str, rows: tuple[int, ...], special: flo
             same_special_values(got, expected)
 
 
-@pytest.mark.parametrize("rows", [(3,), (17,)], ids=str)
+@pytest.mark.parametrize("rows", [(3,), (65,)], ids=str)
 @pytest.mark.parametrize("name", [n for n in NAMES if Format.of(n).rounds_activations])
 def test_rows_without_a_scale(name: str, rows: tuple[int, ...]) -> None:
     """Zeros stay zeros; what is too small for a scale in fp32 is as if it were zero."""
@@ -218,7 +218,7 @@ def check_exact(spec: Spec, size: int) -> None:
     whole = formats.dequantize(spec.formats[0], weights, torch.float64)
     # Sums of groups are added in fp32.
     limit = 8 * torch.finfo(torch.float32).eps if Format.of(spec.formats[0]).kind == "int4" else 0
-    for rows in (x, x.repeat(7, 1)):
+    for rows in (x, x.repeat(22, 1)):
         (got,) = call(spec, (rows, weights, []))
         expected = rows.double() @ whole.T
         error = (got.double() - expected.float().double()).abs()
@@ -241,7 +241,7 @@ def test_activations_of_a_known_step_are_clamped() -> None:
     inf = float("inf")
     x = torch.tensor([[127.4, 127.5, -127.5, -128.0, 1e9, -3e38, inf, -inf, 3.0]])
     one, step = torch.eye(9, dtype=torch.int8), torch.full((9,), 0.25)
-    for rows in (x, x.repeat(20, 1)):
+    for rows in (x, x.repeat(70, 1)):
         got = call(spec, (rows, [one, step], []))
         levels = torch.tensor([127.0, 127, -127, -127, 127, -127, 127, -127, 3])
         assert got[0].eq(levels * 0.25).all()
@@ -266,7 +266,7 @@ def test_many_rows_features_and_sizes(name: str) -> None:
     spec = Spec("none", 0.0, ("p0 + v0",), (name,))
     generator.load(spec)
     cases = []
-    for rows, features, size in ((49, 150, 4480), (16, 64, 640), (97, 65, 128)):
+    for rows, features, size in ((67, 150, 4480), (32, 64, 640), (97, 65, 128)):
         x = settled(spec, drawn(spec, (rows, size)))
         weights = formats.quantize(torch.randn(features, size) / size**0.5, name)
         cases.append((x, list(weights), [torch.randn(features)]))
@@ -373,7 +373,7 @@ def test_two_threads_at_once() -> None:
     specs = {**ONE, **MIXED}
     for spec in specs.values():
         generator.load(spec)
-    for rows in ((2,), (20,)):
+    for rows in ((2,), (65,)):
         cases = {name: (*inputs(spec, rows, 256), spec.text()) for name, spec in specs.items()}
         assert kernel_cases.wrong_at_once(cases, times=10) == []
 
