@@ -78,7 +78,7 @@ def main() -> None:
     path = arguments.output / f"{stamp}{suffix}"
     path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n")
     path.with_suffix(".md").write_text("\n".join(lines))
-    print(f"written to {path.relative_to(HERE.parent)}.{{json,md}}")
+    print(f"written to {path}.{{json,md}}")
 
 
 if __name__ == "__main__":
