@@ -26,6 +26,7 @@ CALIBRATION = 16  # windows, behind those that perplexity is measured on
 TOKENS, CONTEXT = 50_176, 512
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8, dynamic": ("int8", {}),
+    "int8, SmoothQuant": ("smoothquant", {}),
     "W8A8, one step": ("w8a8", {}),
     "W8A8, SmoothQuant": ("smoothquant", {"static": True}),
     "W8A8, OutlierTune": ("outliertune", {}),
