@@ -12,6 +12,7 @@ from support import capture, run
 from torch import nn
 
 from sparsecc import pipeline
+from sparsecc.inspection import stages
 from sparsecc.methods import make
 from sparsecc.methods.common import columns, migrated
 from sparsecc.observations import Observations
@@ -126,3 +127,26 @@ def test_a_compiled_recipe_is_its_simulation(name: str, options: dict[str, Any])
     assert lost > 1e-4 * float(exact.norm())
     # An activation between two codes may fall to the other one.
     assert float((compiled - simulated).norm()) < 0.1 * lost
+
+
+@pytest.mark.parametrize("name", ["w8a8", "smoothquant", "outliertune", "repq"])
+def test_no_step_is_multiplied_at_run_time_where_links_hold_them(name: str) -> None:
+    """Every input of this network comes from a norm or a layer: the dump has no product beside its own."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    x = torch.randn(40, 32)
+    seen = observe(model.eval(), [x], progress=False)
+    recipe = make(name, seen, **({"static": True} if name == "smoothquant" else {}))
+    assert set(recipe.sites.values()) == {"int8s"}
+    assert set(recipe.activations.values()) == {1.0}
+    with torch.no_grad():
+        result, kept = stages(model, x, options={"recipe": recipe})
+        exact = model(x)
+    text = kept[0].stages[-1].program.text()
+    assert text.count("sparsecc.few_rows.default(") == 2
+    assert "aten.mul" not in text
+    assert "aten.div" not in text
+    assert result["quantize-linear"].applied == 2
+    with torch.no_grad():
+        got, _ = run(model, x, recipe=recipe)
+    assert float((got - exact).norm() / exact.norm()) < 0.05
