@@ -87,7 +87,7 @@ def _variants(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, Any], bo
         "sparsecc": (model, {"backend": "sparsecc"}, False),
     }
     for form in FORMATS:
-        recipe = Recipe(form, sites=dict.fromkeys(_names(model), form))
+        recipe = Recipe(form, sites=dict.fromkeys(names_of(model), form))
         found[form] = (model, {"backend": "sparsecc", "options": {"recipe": recipe}}, False)
     recipe = _smoothed(model)
     found["int8, SmoothQuant"] = (
@@ -114,7 +114,7 @@ def _smoothed(model: nn.Module) -> Recipe:
     return recipe
 
 
-def _names(model: nn.Module) -> list[str]:
+def names_of(model: nn.Module) -> list[str]:
     """Every linear layer; the tied head goes by the embedding's name, and is rounded as a copy."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(m.weight)] for m in model.modules() if isinstance(m, nn.Linear)]

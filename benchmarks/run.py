@@ -23,6 +23,7 @@ import few_rows
 import freshness
 import gemm
 import gemv
+import memory
 import networks
 import quantization
 import speed
@@ -43,6 +44,7 @@ SUITES = {
     "gemv": gemv.run,
     "quantization": quantization.run,
     "gemm": gemm.run,
+    "memory": memory.run,
 }
 
 
