@@ -2,8 +2,8 @@
 
 Prediction, written before measuring: SmolLM2-135M holds 135 MB of int8 weights and scales and 113 MB of float32
 embeddings, which are looked up and not multiplied. A loaded and compiled program takes 1.1 times that while it
-runs, and its file for a moment beside it while it is loaded. Outcome: 1.44 times while it runs and 1.66 times at
-its peak; what compiling a larger graph keeps (graphs, guards, code) is not in what compiling a small one takes.
+runs, and its file for a moment beside it while it is loaded. Outcome: 1.44 times while it runs and 1.66 times
+at its peak; what compiling a larger graph keeps (graphs, guards, code) is not in what a small one takes.
 """
 
 from __future__ import annotations
