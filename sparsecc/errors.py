@@ -45,7 +45,7 @@ class BuildError(SparseccError):
     """A native library could not be built; whoever asked for it does without, and says so."""
 
 
-class RecipeError(SparseccError):
+class RecipeError(OptionsError):
     """A recipe cannot be read or written, or is not of this model; names the site."""
 
     exit_code = 2

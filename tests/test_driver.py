@@ -46,7 +46,7 @@ def call(network: nn.Module, **options):
         ({"codegen": "cuda"}, "Valid: aten, auto, cpp, triton"),
         ({"lower": "inductr"}, "Did you mean 'inductor'"),
         ({"report": "out.txt"}, ".json or .html"),
-        ({"recipe": "x.recipe"}, "no calibrated passes"),
+        ({"recipe": "x.recipe"}, "must end in .json"),
         ({"inductor": 3}, "must be a mapping"),
         ({"freshness": "never"}, "Valid: hash, probe, version"),
     ],
