@@ -114,6 +114,10 @@ def _child(pipe: Any, work: Callable[..., Row], source: Suite, name: str, lower:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
+    import torch
+
+    # A model may compile something by Inductor, whose pool of threads did not come along with the fork.
+    torch._inductor.config.compile_threads = 1
     pipe.send(work(source, name, lower))
     pipe.close()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
