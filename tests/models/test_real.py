@@ -91,7 +91,8 @@ def test_crepe_normalizes_between_relu_and_max_pooling(size: str) -> None:
 
     forward = crepe.as_forward(crepe.load(size))
     report = sparsecc.Report()
-    options = {"report": report, "strict": True, "codegen": "aten"}  # its classifier is worth a kernel
+    # Its classifier is worth a kernel, which is not the matter here.
+    options = {"report": report, "strict": True, "codegen": "aten"}
     fast = torch.compile(forward, backend="sparsecc", options=options)
     before, after = (round(crepe.pitch_error(f), 1) for f in (forward, fast))
     assert refusals(report, FOLD) == ["producer"] * 6
