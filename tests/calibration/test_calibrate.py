@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calibration.models import LN_AS_IT_IS, Chain, decoder, rows, token_batches
-from support import randomise
+from support import fp64, randomise
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,6 +21,7 @@ from sparsecc.methods import make
 from sparsecc.metrics import METRICS, logits
 from sparsecc.observations import Observations
 from sparsecc.observe import observe
+from sparsecc.proof import compare
 from sparsecc.recipe import Recipe
 from sparsecc.simulate import simulate
 
@@ -51,13 +52,17 @@ def measured(model: nn.Module, recipe: Recipe, metric: str, seen: Observations) 
 # ---- simulation ---------------------------------------------------------------------------------------
 
 
+def is_as_near_to_fp64(got: torch.Tensor, model: nn.Module, batch: torch.Tensor) -> bool:
+    """By the rule of ``verify``."""
+    with torch.no_grad():
+        return compare("result", got, model(batch), fp64(model)(batch)).passed
+
+
 def test_without_a_recipe_a_simulation_is_the_model() -> None:
     model, batches = decoder(), token_batches(2)
     seen = observe(model, batches)
-    with torch.no_grad():
-        expected = [model(batch) for batch in batches]
-    for got, own in zip(simulate(model, None, seen, batches), expected, strict=True):
-        assert torch.allclose(got, own, rtol=1e-4, atol=1e-5)
+    for got, batch in zip(simulate(model, None, seen, batches), batches, strict=True):
+        assert is_as_near_to_fp64(got, model, batch)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "chain"])
@@ -88,8 +93,7 @@ def test_rounding_at_one_site_is_that_of_the_weight() -> None:
         weight = model.blocks[0].down.weight
         parts = formats.quantize(weight.double(), "int4g128z")
         weight.copy_(formats.dequantize("int4g128z", parts, torch.float32))
-        expected = model(batch)
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert is_as_near_to_fp64(got, model, batch)
 
 
 # ---- budgets ------------------------------------------------------------------------------------------
