@@ -24,6 +24,7 @@ from zoo import smollm2
 from sparsecc.methods import make
 from sparsecc.observe import observe
 from sparsecc.recipe import Recipe
+from sparsecc.runtime.ops.formats import Format
 from sparsecc.timing import ratio, side_by_side
 
 FORMATS = ("int8", "int4g32a8", "int4g128a8")
@@ -68,9 +69,8 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
         )
     gigabytes = limits["gigabytes_per_second"]
     for form in FORMATS:
-        size = sum(
-            _bytes(form, layer.weight) for layer in model.modules() if isinstance(layer, nn.Linear)
-        )
+        shapes = [m.weight.shape for m in model.modules() if isinstance(m, nn.Linear)]
+        size = sum(Format.of(form).nbytes(*shape, 4) for shape in shapes)
         data[form]["weights_mb"], data[form]["floor_ms"] = size / 1e6, size / gigabytes / 1e6
         rows.append(
             f"\nReading {size / 1e6:.0f} MB of {form} weights once takes {size / gigabytes / 1e6:.1f} ms."
@@ -118,11 +118,3 @@ def names_of(model: nn.Module) -> list[str]:
     """Every linear layer; the tied head goes by the embedding's name, and is rounded as a copy."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return [names[id(m.weight)] for m in model.modules() if isinstance(m, nn.Linear)]
-
-
-def _bytes(form: str, weight: torch.Tensor) -> int:
-    from sparsecc.runtime.ops.formats import Format
-
-    parts = Format.of(form).parts
-    shapes = [(torch.Size(part.shape(*weight.shape)), part.dtype) for part in parts]
-    return sum(shape.numel() * dtype.itemsize for shape, dtype in shapes if dtype is not None)

@@ -37,15 +37,7 @@ def nbytes(observations: Observations, recipe: Recipe, site: str, form: str) -> 
     """What a call reads of a site's weight in a format, with the recipe's correction where it has one."""
     features, size = observations.sites[site].shape
     own = _ITEMSIZE.get(observations.sites[site].dtype, 2)
-    if form == DENSE:
-        return features * size * own
-    found = 0
-    for part in Format.of(form).parts:
-        itemsize = own if part.dtype is None else part.dtype.itemsize
-        count = 1
-        for extent in part.shape(features, size):
-            count *= extent
-        found += count * itemsize
+    found = Format.of(form).nbytes(features, size, own)
     if site in recipe.corrections and form == recipe.sites.get(site):
         found += sum(factor.numel() for factor in recipe.corrections[site]) * own
     return found

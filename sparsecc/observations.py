@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sparsecc.errors import CalibrationError, first_line
-from sparsecc.recipe import json_path, write_whole
+from sparsecc.recipe import json_path, write_pair
 from sparsecc.statistics import Statistics
 from sparsecc.watch import LinkFacts
 
@@ -178,7 +178,6 @@ class Observations:
             RecipeError: the path does not end in .json.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         target = json_path(path)
         tensors = {
@@ -202,11 +201,9 @@ class Observations:
             "dropped": self.dropped,
             "about": self.about,
         }
-        text = json.dumps(data, ensure_ascii=False) + "\n"
+        text = json.dumps(data, ensure_ascii=False)
         try:
-            beside = target.with_suffix(".safetensors")
-            write_whole(beside, lambda part: save_file(_unshared(tensors), str(part)))
-            write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
+            write_pair(target, text, _unshared(tensors))
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"observations {target}: {first_line(error)}") from error
 

@@ -114,7 +114,7 @@ class Options:
         for name, least in registry.FOR_KERNELS.items():
             cls, given = registry.load(name), dict[str, Any]()
             if self.codegen == "auto":
-                given = {"least": least * (self.recipe is None), "devices": ("cpu",)}
+                given = {"least": least if self.recipe is None else 0, "devices": ("cpu",)}
             if "recipe" in cls.option_names():
                 given["recipe"] = self.recipe
             chosen[name] = cls.configure(given)

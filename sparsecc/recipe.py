@@ -23,7 +23,7 @@ VERSION = 1  # of the file
 _TENSORS = ("scales", "shifts", "clips", "corrections")
 
 
-@dataclass
+@dataclass(repr=False)
 class Recipe:
     """How a model's linear layers are to be quantized.
 
@@ -61,6 +61,9 @@ class Recipe:
     about: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Recipe({self.method!r}, {len(self.sites)} sites)"
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``path`` (``.json``) and the tensors beside it; both appear whole or not at all.
 
@@ -68,7 +71,6 @@ class Recipe:
             RecipeError: the path does not end in .json, or cannot be written.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import save_file
 
         target = json_path(path)
         data: dict[str, Any] = {"version": VERSION}
@@ -82,10 +84,8 @@ class Recipe:
                 for i, part in enumerate(parts):
                     tensors[f"{name}/{i}/{key}"] = part.detach().cpu().contiguous()
         try:
-            text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-            beside = target.with_suffix(".safetensors")
-            write_whole(beside, lambda part: save_file(tensors, str(part)))
-            write_whole(target, lambda part: part.write_text(text, encoding="utf-8"))
+            text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
+            write_pair(target, text, tensors)
         except (OSError, ValueError, TypeError, SafetensorError) as error:
             raise RecipeError(
                 f"recipe {target}: {type(error).__name__}: {first_line(error)}"
@@ -170,7 +170,15 @@ def json_path(path: str | os.PathLike[str]) -> pathlib.Path:
     return target
 
 
-def write_whole(target: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
+def write_pair(target: pathlib.Path, text: str, tensors: dict[str, torch.Tensor]) -> None:
+    """``text`` to ``target`` and ``tensors`` beside it, the text last: where it is, they are."""
+    from safetensors.torch import save_file
+
+    _write_whole(target.with_suffix(".safetensors"), lambda part: save_file(tensors, str(part)))
+    _write_whole(target, lambda part: part.write_text(text + "\n", encoding="utf-8"))
+
+
+def _write_whole(target: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
     """Write beside the target and move into place: a reader never meets half a file."""
     part = target.with_name(f".{target.name}.{os.getpid()}")
     try:

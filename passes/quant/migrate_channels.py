@@ -14,7 +14,7 @@ Pays   nothing by itself; activations and weights that are rounded afterwards ke
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from sparsecc.errors import RecipeError
@@ -34,7 +34,7 @@ class MigrateChannels(Pass):
         recipe: whose ``scales`` and ``shifts`` are moved.
     """
 
-    recipe: Recipe | None = None
+    recipe: Recipe = field(default_factory=lambda: Recipe("none"))
 
     name: ClassVar[str] = "migrate-channels"
     family: ClassVar[str] = "quant"
@@ -47,8 +47,6 @@ class MigrateChannels(Pass):
     refusals: ClassVar[Mapping[str, str]] = {**UNSCALABLE, **UNSHIFTABLE, **RECOMPUTED}
 
     def find(self, context: Context) -> list[Match]:
-        if self.recipe is None:
-            return []
         found = context.analyses.get(named_links)
         wanted = {**self.recipe.scales, **self.recipe.shifts}
         return [
@@ -58,7 +56,6 @@ class MigrateChannels(Pass):
         ]
 
     def check(self, match: Match, context: Context) -> Refusal | None:
-        assert self.recipe is not None
         link: Link = match.nodes["link"]
         name: str = match.nodes["name"]
         for vectors in (self.recipe.scales, self.recipe.shifts):
@@ -75,7 +72,6 @@ class MigrateChannels(Pass):
         return Context(context.program, context.analyses).recomputed(match.node)
 
     def rewrite(self, match: Match, context: Context) -> None:
-        assert self.recipe is not None
         program, link, name = context.program, match.nodes["link"], match.nodes["name"]
         # The shift first: its bias takes W as it was, and it is then divided with the rest.
         for vectors, migrate in (

@@ -19,7 +19,7 @@ import operator
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -48,7 +48,7 @@ class QuantizeLinear(Pass):
         recipe: whose ``sites``, ``clips``, ``activations`` and ``corrections`` are carried out.
     """
 
-    recipe: Recipe | None = None
+    recipe: Recipe = field(default_factory=lambda: Recipe("none"))
 
     name: ClassVar[str] = "quantize-linear"
     family: ClassVar[str] = "quant"
@@ -71,8 +71,6 @@ class QuantizeLinear(Pass):
     }
 
     def find(self, context: Context) -> list[Match]:
-        if self.recipe is None:
-            return []
         found = context.analyses.get(sites)
         self.recipe.check({site.name: site.shape for site in found})
         products: dict[fx.Node, list[Site]] = defaultdict(list)
@@ -85,7 +83,6 @@ class QuantizeLinear(Pass):
         ]
 
     def _words(self, site: Site) -> str:
-        assert self.recipe is not None
         static = self.recipe.activations.get(site.name)
         step = "" if static is None else f", step {static:.3g}"
         return f"{site.name}: {self.recipe.sites[site.name]}{step}"
@@ -96,7 +93,6 @@ class QuantizeLinear(Pass):
         Raises:
             RecipeError: there are several.
         """
-        assert self.recipe is not None
         steps = {self.recipe.activations.get(site.name, 1.0) for site in read}
         if len(steps) > 1:
             names = ", ".join(site.name for site in read)
@@ -104,7 +100,6 @@ class QuantizeLinear(Pass):
         return steps
 
     def check(self, match: Match, context: Context) -> Refusal | None:
-        assert self.recipe is not None
         node, words = match.node, self.refusals
         if context.trains or context.program.transient:
             code = "training" if context.trains else "gathered"
@@ -131,7 +126,6 @@ class QuantizeLinear(Pass):
         return None
 
     def rewrite(self, match: Match, context: Context) -> None:
-        assert self.recipe is not None
         program, node = context.program, match.node
         if node.target is not few_rows:
             node = _as_few_rows(program, node, self.name)
@@ -174,7 +168,6 @@ class QuantizeLinear(Pass):
         site: Site | None,
         step: float,
     ) -> list[fx.Node]:
-        assert self.recipe is not None
         build = program.weight(self.name, node)
         if step != 1.0:  # what reads x / s takes s into its weight, rounded or not
             dtype = weight.meta["val"].dtype
@@ -201,17 +194,11 @@ class QuantizeLinear(Pass):
         return value
 
     def saving(self, match: Match, context: Context) -> Saving:
-        assert self.recipe is not None
         saved = 0
         for site in match.nodes["sites"]:
             features, size = site.shape
-            parts = Format.of(self.recipe.sites[site.name]).parts
-            kept = sum(
-                torch.Size(part.shape(features, size)).numel()
-                * (part.dtype or torch.float32).itemsize
-                for part in parts
-            )
-            saved += nbytes(site.weight) - kept
+            form, own = Format.of(self.recipe.sites[site.name]), site.weight.meta["val"].itemsize
+            saved += nbytes(site.weight) - form.nbytes(features, size, own)
         return Saving(saved)
 
     @classmethod

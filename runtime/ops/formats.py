@@ -25,6 +25,7 @@ Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); gr
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,6 +106,14 @@ class Format:
         if self.zero:
             groups.append(Part("zero", torch.float16, self.group))
         return (Part("packed", torch.uint8, 2), *groups)
+
+    def nbytes(self, features: int, size: int, own: int) -> int:
+        """Bytes of a weight ``[features, size]``; ``own``: of one element of x's dtype."""
+        return sum(
+            math.prod(part.shape(features, size))
+            * (own if part.dtype is None else part.dtype.itemsize)
+            for part in self.parts
+        )
 
     def check_size(self, size: int) -> None:
         """Whether a row may have ``size`` weights.
