@@ -111,32 +111,37 @@ inline Ints dot_signed(Ints sums, Bytes w, Bytes a) { return dot_prepared(sums, 
 
 // ---- activations in int8 --------------------------------------------------------------------------
 
-// y[m, k] = scale[m] q[m, k], q of -127 .. 127; zeros behind each row, up to whole vectors. Each row is set once.
+// y[m, k] = scale[m, g] q[m, k], q of -127 .. 127, with one scale for each `width` features of a row; zeros behind
+// each row, up to whole vectors. Each row is set once.
 struct Quantized {
-  int64_t rows, size, stride;
+  int64_t rows, size, width, groups, stride;
   Buffer<int8_t> values;
   std::vector<float> scale;
-  std::vector<int32_t> sums;  // of each row
+  std::vector<int32_t> sums;  // of each group
 
-  Quantized(int64_t rows, int64_t size)
-      : rows(rows), size(size), stride((size + kBytes - 1) / kBytes * kBytes), values(rows * stride), scale(rows),
-        sums(rows) {}
+  Quantized(int64_t rows, int64_t size, int64_t width = 0)  // 0: all of the row
+      : rows(rows), size(size), width(width ? width : size), groups(width ? size / width : 1),
+        stride((size + kBytes - 1) / kBytes * kBytes), values(rows * stride), scale(rows * groups),
+        sums(rows * groups) {}
 
   const int8_t* row(int64_t m) const { return values.data() + m * stride; }
 
-  // Row m, by the scale of its own.
+  // Row m, by scales of its own.
   void set(int64_t m, const float* y) {
-    const int32_t most = greatest(y);
-    const bool finite = most < 0x7f800000;
-    const float by = bits_of<float>(most) / 127;
-    scale[m] = finite ? by : std::numeric_limits<float>::quiet_NaN();
-    if (finite && by != 0) round_row(m, [&](int64_t k) { return load_some(y, k) / by; });
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t begin = g * width, end = begin + width;
+      const int32_t most = greatest(y, begin, end);
+      const bool finite = most < 0x7f800000;
+      const float by = bits_of<float>(most) / 127;
+      scale[m * groups + g] = finite ? by : std::numeric_limits<float>::quiet_NaN();
+      if (finite && by != 0) round(m, g, begin, end, [&](int64_t k) { return load_some(y, k) / by; });
+    }
   }
 
   // Row m that was divided by its scale before: 1 is left, or NaN where it has one.
   void set_divided(int64_t m, const float* y) {
     Ints bad = {};
-    round_row(m, [&](int64_t k) {
+    round(m, 0, 0, size, [&](int64_t k) {
       const Vector level = load_some(y, k);
       bad |= level != level;
       return level;
@@ -148,11 +153,11 @@ struct Quantized {
 
  private:
   template <class Levels>
-  void round_row(int64_t m, Levels levels) {
+  void round(int64_t m, int64_t g, int64_t begin, int64_t end, Levels levels) {
     typedef int8_t Narrow __attribute__((vector_size(kLanes)));
     int8_t* q = values.data() + m * stride;
     Ints total = {};
-    for (int64_t k = 0; k < size; k += kLanes) {
+    for (int64_t k = begin; k < end; k += kLanes) {
       constexpr float shift = 0x1.8p23f;  // a sum this large has no fraction: rounded to even
       const Vector rounded = (levels(k) + shift) - shift;
       const Vector low = rounded < -127 ? -127 - Vector{} : rounded;
@@ -161,13 +166,13 @@ struct Quantized {
       std::memcpy(q + k, &narrow, sizeof narrow);  // within the row: its stride is in whole vectors of bytes
       total += whole;
     }
-    sums[m] = sum(total);
+    sums[m * groups + g] = sum(total);
   }
 
   // The bits of max |y|: as integers, those of NaN are above infinity's, and these above the rest.
-  int32_t greatest(const float* y) const {
+  int32_t greatest(const float* y, int64_t begin, int64_t end) const {
     Ints most = {};
-    for (int64_t k = 0; k < size; k += kLanes) {
+    for (int64_t k = begin; k < end; k += kLanes) {
       const Ints bits = (Ints)load_some(y, k) & 0x7fffffff;
       most = bits > most ? bits : most;
     }
@@ -184,6 +189,48 @@ struct Quantized {
   }
 };
 
+// Of vectors of activations in groups: the sum and the scale of each lane's four bytes.
+struct Lanes {
+  int64_t vectors;
+  Buffer<int32_t> sums;
+  Buffer<float> scale;
+
+  Lanes(int64_t rows, int64_t vectors)
+      : vectors(vectors), sums(rows * vectors * kLanes), scale(rows * vectors * kLanes) {}
+
+  Ints row_sums(int64_t m, int64_t v) const {
+    return load_bytes<Ints>(sums.data() + (m * vectors + v) * kLanes);
+  }
+  Vector row_scale(int64_t m, int64_t v) const { return load(scale.data() + (m * vectors + v) * kLanes); }
+
+  // `bytes` are lane by lane of the groups 0, 1, ..., `each` bytes of one beside each other.
+  void set(const Quantized& from, int64_t m, int64_t v, Ints total, int64_t each) {
+    const int64_t at = (m * vectors + v) * kLanes;
+    std::memcpy(sums.data() + at, &total, sizeof total);
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t g = (v * kBytes + 4 * i) / each;
+      scale.data()[at + i] = g < from.groups ? from.scale[m * from.groups + g] : 0;
+    }
+  }
+};
+
+inline Ints sums_of_lanes(Ints sums, const int8_t* bytes) {
+  return dot(sums, Unsigned{} + uint8_t(1), load_bytes<Bytes>(bytes));
+}
+
+// Activations in groups, in their own order.
+template <int group>
+struct InGroups {
+  const Quantized& from;
+  Lanes lanes;
+
+  explicit InGroups(const Quantized& from) : from(from), lanes(from.rows, from.stride / kBytes) {
+    for (int64_t m = 0; m < from.rows; ++m)
+      for (int64_t v = 0; v < lanes.vectors; ++v)
+        lanes.set(from, m, v, sums_of_lanes(Ints{}, from.row(m) + v * kBytes), group);
+  }
+};
+
 // The same in the order of packed nibbles: for each vector of them, the activations of the low halves, then of the
 // high ones.
 template <int group>
@@ -192,34 +239,30 @@ struct Arranged {
   static constexpr int run = half < kBytes ? half : kBytes;
 
   const Quantized& from;
-  int64_t vectors;
+  Lanes lanes;
   Buffer<int8_t> values;
-  Buffer<int32_t> sums;  // of each lane's activations
 
   explicit Arranged(const Quantized& from)
-      : from(from), vectors((from.size / 2 + kBytes - 1) / kBytes), values(from.rows * vectors * 2 * kBytes),
-        sums(from.rows * vectors * kLanes) {
+      : from(from), lanes(from.rows, (from.size / 2 + kBytes - 1) / kBytes),
+        values(from.rows * lanes.vectors * 2 * kBytes) {
     for (int64_t m = 0; m < from.rows; ++m) set(m);
   }
 
-  const int8_t* row(int64_t m) const { return values.data() + m * vectors * 2 * kBytes; }
-  const int32_t* row_sums(int64_t m) const { return sums.data() + m * vectors * kLanes; }
+  const int8_t* row(int64_t m) const { return values.data() + m * lanes.vectors * 2 * kBytes; }
 
  private:
   void set(int64_t m) {
     const int8_t* q = from.row(m);
-    int8_t* to = values.data() + m * vectors * 2 * kBytes;
+    int8_t* to = values.data() + m * lanes.vectors * 2 * kBytes;
     for (int64_t byte = 0; byte < from.size / 2; byte += run) {
       const int64_t k = byte / half * group + byte % half;
       int8_t* place = to + byte / kBytes * 2 * kBytes + byte % kBytes;
       std::memcpy(place, q + k, run);
       std::memcpy(place + kBytes, q + k + half, run);
     }
-    for (int64_t v = 0; v < vectors; ++v) {
-      const Unsigned ones = Unsigned{} + uint8_t(1);
-      const Ints first = dot(Ints{}, ones, load_bytes<Bytes>(to + v * 2 * kBytes));
-      const Ints both = dot(first, ones, load_bytes<Bytes>(to + v * 2 * kBytes + kBytes));
-      std::memcpy(sums.data() + (m * vectors + v) * kLanes, &both, sizeof both);
+    for (int64_t v = 0; v < lanes.vectors; ++v) {
+      const Ints low = sums_of_lanes(Ints{}, to + v * 2 * kBytes);
+      lanes.set(from, m, v, sums_of_lanes(low, to + v * 2 * kBytes + kBytes), half);
     }
   }
 };

@@ -53,7 +53,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     law = [f"//   out{j}[m, n] = {text}" for j, text in enumerate(spec.outputs)]
     firsts = [spec.slots[spec.weights(j)[0]].start for j in range(len(spec.outputs))]
     outputs = range(len(spec.outputs))
-    bytes_only = all(form.kind == "int8" for form in spec.kept)
+    bytes_only = all(form.kind == "int8" and not form.together for form in spec.kept)
     many = "many_rows_of_int8(call->size)" if bytes_only else "kManyRows"
     bodies = [function(spec, j, dtype) for j in outputs for function in (_output, _tiles)]
     return f"""// {name}: {DTYPES[dtype]} on CPU, for any number of rows m, features n and size k.
@@ -123,19 +123,24 @@ def _struct(form: Format, dtype: torch.dtype) -> str:
     if form.kind == "float":
         return f"Dense<{_TYPES[form.parts[0].dtype or dtype][1]}>"
     if form.kind == "int8":
-        return "Int8"
+        return f"Int8Groups<{form.together}>" if form.together else "Int8"
     name = "Int4A8" if form.rounds_activations else "Int4"
     return f"{name}<{form.group}, {str(form.zero).lower()}>"
+
+
+def _quantized(form: Format) -> str:
+    """Name of the activations as they are rounded for a format."""
+    return "divided" if form.static else f"quantized{form.together or ''}"
 
 
 def _input(form: Format, many: bool) -> tuple[str, str]:
     """Name and type of the activations that a format reads."""
     if not form.rounds_activations:
         return "floats", "Floats"
-    if form.kind == "int8":
-        return "divided" if form.static else "quantized", "Quantized"
-    kind = "Grouped" if many else "Arranged"
-    return f"{kind.lower()}{form.group}", f"{kind}<{form.group}>"
+    if not form.together:
+        return _quantized(form), "Quantized"
+    kind = "Grouped" if many else "InGroups" if form.kind == "int8" else "Arranged"
+    return f"{kind.lower()}{form.together}", f"{kind}<{form.together}>"
 
 
 def _inputs(spec: Spec, many: bool) -> dict[str, str]:
@@ -171,11 +176,14 @@ def _run_some(spec: Spec, many: bool) -> str:
 def _start(spec: Spec, dtype: torch.dtype, many: bool) -> str:
     """Fills the job and hands it to the threads."""
     inputs = _inputs(spec, many)
-    lines = [
-        f"const {kind} {name}(quantized{', *call' if many else ''});"
-        for name, kind in inputs.items()
-        if name.startswith(("arranged", "grouped"))
-    ]
+    lines = list(
+        dict.fromkeys(
+            f"const {kind} {name}{{{_quantized(form)}}};"
+            for form in spec.kept
+            for name, kind in [_input(form, many)]
+            if form.together
+        )
+    )
     fields = ["call", *(_weight(spec, i, dtype) for i in range(len(spec.kept))), *inputs]
     if many:
         fields.append("Bands(call->rows)")
@@ -218,8 +226,11 @@ def _prologue(spec: Spec, dtype: torch.dtype) -> str:
         "const Element* x = static_cast<const Element*>(call->x);",
     ]
     rounded = [form for form in spec.kept if form.rounds_activations]
-    sets = {"divided.set_divided" if form.static else "quantized.set" for form in rounded}
-    lines += [f"Quantized {name.split('.')[0]}(call->rows, size);" for name in sorted(sets)]
+    kept = {_quantized(form): form for form in rounded}
+    lines += [
+        f"Quantized {name}(call->rows, size{f', {form.together}' if form.together else ''});"
+        for name, form in sorted(kept.items())
+    ]
     floats = len(rounded) < len(spec.kept)
     steps = []  # for row m; y is the row so far
     same = dtype is torch.float32 and spec.norm == "none"
@@ -233,8 +244,11 @@ def _prologue(spec: Spec, dtype: torch.dtype) -> str:
     if spec.norm != "none":
         row = "x + m * size" if dtype is torch.float32 else "y"
         steps.append(f"{spec.norm}_norm({row}, size, {spec.float_eps!r}f, y);")
-    steps += [f"{name}(m, y);" for name in sorted(sets)]
-    if sets or not same:
+    steps += [
+        f"{name}.set{'_divided' if form.static else ''}(m, y);"
+        for name, form in sorted(kept.items())
+    ]
+    if kept or not same:
         lines.append("over_rows(*call, [&](int64_t begin, int64_t end) {")
         if not same and not floats:
             lines.append("  Buffer<float> row(size);")
@@ -344,10 +358,10 @@ def _checks(spec: Spec) -> str:
     """What the generic operator cannot know: which operand has which size, and what a format needs."""
     lines = []
     for form in dict.fromkeys(spec.kept):
-        if form.group > 1:
+        if form.multiple > 1:
             lines.append(
-                f"  if (call->size % {form.group}) "
-                f'return "{form.name}: the features of x are no multiple of {form.group}";'
+                f"  if (call->size % {form.multiple}) "
+                f'return "{form.name}: the features of x are no multiple of {form.multiple}";'
             )
         if form.rounds_activations:
             lines.append(

@@ -145,24 +145,25 @@ struct Many<Int8> {
   static Ints add(Ints sum, Bytes w, Bytes y) { return dot_prepared(sum, w, y); }
 };
 
-// Activations, and the sum of each group of them.
+// Activations in groups.
 template <int group>
 struct Grouped {
   const Quantized& from;
-  int64_t groups;
-  Buffer<int32_t> sums;
 
-  Grouped(const Quantized& from, const FewRows& call)
-      : from(from), groups(from.size / group), sums(from.rows * groups) {
-    over_rows(call, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin * groups; i < end * groups; ++i) {
-        const int8_t* q = from.row(i / groups) + i % groups * group;
-        int32_t total = 0;
-        for (int k = 0; k < group; ++k) total += q[k];
-        sums.data()[i] = total;
-      }
-    });
-  }
+  const int8_t* row(int64_t m) const { return from.row(m); }
+  const float* scale(int64_t m, int64_t g) const { return from.scale.data() + m * from.groups + g; }
+  const int32_t* sums(int64_t m, int64_t g) const { return from.sums.data() + m * from.groups + g; }
+};
+
+template <int size>
+struct Many<Int8Groups<size>> {
+  using Rows = Grouped<size>;
+  using Lane = int8_t;
+  static constexpr int64_t chunk = 1024;
+  static constexpr int per = 4, group = 0, beside = kVectors / 2;  // two sums of each are in registers
+  static constexpr bool zeros = false;
+  static constexpr int32_t offset = kOffset;
+  static Ints add(Ints sum, Bytes w, Bytes y) { return dot_prepared(sum, w, y); }
 };
 
 template <int size, bool with_zeros>
@@ -170,8 +171,10 @@ struct Many<Int4A8<size, with_zeros>> {
   using Rows = Grouped<size>;
   using Lane = uint8_t;
   static constexpr int64_t chunk = 1024;
-  static constexpr int per = 4, group = size, beside = kVectors / 2;  // two sums of each are in registers
+  static constexpr int per = 4, group = size, beside = kVectors / 2;
   static constexpr bool zeros = with_zeros;
+  static constexpr int32_t offset = with_zeros ? 0 : 8;
+  static Ints add(Ints sum, Bytes w, Bytes y) { return dot(sum, (Unsigned)w, y); }
 };
 
 // kTile features of a weight: for each `beside` vectors of them step after step, of one lane for each feature.
@@ -262,40 +265,45 @@ inline void multiply(const Panel<Weight>& panel, const typename Many<Weight>::Ro
     }
 }
 
-template <int rows, int group, bool zeros>
-inline void multiply(const Panel<Int4A8<group, zeros>>& panel, const Grouped<group>& y, int64_t m, int64_t from,
-                     int64_t to, float* out) {
-  constexpr int beside = Many<Int4A8<group, zeros>>::beside;
+template <int rows, class Weight, int group>
+inline void multiply(const Panel<Weight>& panel, const Grouped<group>& y, int64_t m, int64_t from, int64_t to,
+                     float* out) {
+  using How = Many<Weight>;
+  constexpr int beside = How::beside;
+  const int64_t stride = y.from.stride, groups = y.from.groups;
   for (int first = 0; first < kVectors; first += beside) {
-    const int8_t* x = y.from.row(m) + from * 4;
-    const uint8_t* w = panel.lanes(first, from);
+    const int8_t* x = y.row(m) + from * 4;
+    const auto* w = panel.lanes(first, from);
     Vector sums[rows][beside] = {};
     for (int64_t g = from * 4 / group; g < to * 4 / group; ++g) {
-      const int32_t* total = y.sums.data() + m * y.groups + g;
+      const int32_t* total = y.sums(m, g);
+      const float* scale = y.scale(m, g);
       Ints exact[rows][beside];
 #pragma GCC unroll 8
       for (int c = 0; c < rows; ++c)
 #pragma GCC unroll 8
-        for (int v = 0; v < beside; ++v) exact[c][v] = zeros ? Ints{} : Ints{} - 8 * total[c * y.groups];
+        for (int v = 0; v < beside; ++v) exact[c][v] = Ints{} - How::offset * total[c * groups];
       for (int step = 0; step < group / 4; ++step, x += 4, w += beside * kBytes) {
-        Unsigned column[beside];
+        Bytes column[beside];
 #pragma GCC unroll 8
-        for (int v = 0; v < beside; ++v) column[v] = load_lanes<Unsigned>(w + v * kBytes);
+        for (int v = 0; v < beside; ++v) column[v] = load_lanes<Bytes>(w + v * kBytes);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) {
-          const Bytes lane = each_lane(x + c * y.from.stride);
+          const Bytes lane = each_lane(x + c * stride);
 #pragma GCC unroll 8
-          for (int v = 0; v < beside; ++v) exact[c][v] = dot(exact[c][v], column[v], lane);
+          for (int v = 0; v < beside; ++v) exact[c][v] = How::add(exact[c][v], column[v], lane);
         }
       }
 #pragma GCC unroll 8
       for (int v = 0; v < beside; ++v) {
-        const Vector by = load(panel.scale(g) + (first + v) * kLanes);
+        Vector by = Vector{} + 1, zero = {};  // of the weights' own groups
+        if constexpr (How::group != 0) by = load(panel.scale(g) + (first + v) * kLanes);
+        if constexpr (How::zeros) zero = load(panel.zero(g) + (first + v) * kLanes);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) {
           Vector value = __builtin_convertvector(exact[c][v], Vector);
-          if constexpr (zeros) value -= load(panel.zero(g) + (first + v) * kLanes) * float(total[c * y.groups]);
-          sums[c][v] += value * by;
+          if constexpr (How::zeros) value -= zero * float(total[c * groups]);
+          sums[c][v] += value * (by * scale[c * groups]);
         }
       }
     }
@@ -330,10 +338,11 @@ inline void finish(const Panel<Int8>& panel, const Quantized& y, int64_t m, int6
 }
 
 template <class Weight, int group>
-inline void finish(const Panel<Weight>&, const Grouped<group>& y, int64_t m, int64_t rows, float* out) {
-  for (int64_t c = 0; c < rows; ++c)
-    for (int r = 0; r < kTile; r += kLanes, out += kLanes)
-      store_lanes<Vector>(out, load(out) * y.from.scale[m + c]);
+inline void finish(const Panel<Weight>& panel, const Grouped<group>&, int64_t, int64_t rows, float* out) {
+  if constexpr (Many<Weight>::group == 0)
+    for (int64_t c = 0; c < rows; ++c)
+      for (int r = 0; r < kTile; r += kLanes, out += kLanes)
+        store_lanes<Vector>(out, load(out) * load(panel.scale(0) + r));
 }
 
 template <class Weight>

@@ -104,6 +104,44 @@ struct Int8 {
   }
 };
 
+// The same weights; activations have a scale for each group of a row.
+template <int group>
+struct Int8Groups : Int8 {
+  using Input = InGroups<group>;
+
+  template <int rows, int count>
+  inline void dots(const InGroups<group>& y, int64_t m, int64_t n, float* out) const {
+    const int8_t* w = values + n * size;
+    Vector sums[count][rows] = {};
+    const auto step = [&](int64_t k, int64_t left) {
+      Bytes column[rows];
+      Ints start[rows];
+      Vector by[rows];
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) {
+        column[c] = load_bytes<Bytes>(y.from.row(m + c) + k);
+        start[c] = kOffset ? y.lanes.row_sums(m + c, k / kBytes) * -kOffset : Ints{};
+        by[c] = y.lanes.row_scale(m + c, k / kBytes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < count; ++r) {
+        const Bytes row = load_bytes<Bytes>(w + r * size + k, left);
+        ask_ahead<count, kBytes>(w, size, k, r);
+#pragma GCC unroll 8
+        for (int c = 0; c < rows; ++c)
+          sums[r][c] += __builtin_convertvector(dot_signed(start[c], row, column[c]), Vector) * by[c];
+      }
+    };
+    int64_t k = 0;
+    for (; k + kBytes <= size; k += kBytes) step(k, kBytes);
+    if (k < size) step(k, size - k);
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r)
+#pragma GCC unroll 8
+      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]) * scale[n + r];
+  }
+};
+
 // Nibbles of one vector: the weights of the low and of the high halves.
 inline void halves(Unsigned packed, Unsigned* low, Unsigned* high) {
   *low = packed & uint8_t(15);
@@ -138,7 +176,7 @@ inline Vector by_group(const Half* values, int64_t g, int64_t groups) {
   }
 }
 
-// Nibbles with a scale for each group, and 8 or a zero of the group's own; activations in int8.
+// Nibbles with a scale for each group, and 8 or a zero of the group's own; activations in int8, in the same groups.
 template <int group, bool zeros>
 struct Int4A8 {
   using Input = Arranged<group>;
@@ -156,11 +194,13 @@ struct Int4A8 {
       const int64_t g = byte / (group / 2), at = byte * 2;
       Bytes first[rows], second[rows];
       Ints total[rows];
+      Vector own[rows];
 #pragma GCC unroll 8
       for (int c = 0; c < rows; ++c) {
         first[c] = load_bytes<Bytes>(y.row(m + c) + at);
         second[c] = load_bytes<Bytes>(y.row(m + c) + at + kBytes);
-        total[c] = load_bytes<Ints>(y.row_sums(m + c) + byte / 4);
+        total[c] = y.lanes.row_sums(m + c, byte / kBytes);
+        own[c] = y.lanes.row_scale(m + c, byte / kBytes);
       }
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
@@ -177,7 +217,7 @@ struct Int4A8 {
             const Vector origin = by_group<group, whole>(zero + (n + r) * groups, g, groups);
             value -= origin * __builtin_convertvector(total[c], Vector);
           }
-          sums[r][c] += value * by;
+          sums[r][c] += value * (by * own[c]);
         }
       }
     };
@@ -187,7 +227,7 @@ struct Int4A8 {
 #pragma GCC unroll 8
     for (int r = 0; r < count; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]) * y.from.scale[m + c];
+      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]);
   }
 };
 

@@ -4,18 +4,19 @@ A weight ``[N, K]`` is one or more tensors (:func:`parts`), which stand in a row
 
 - ``dense``: floats of x's dtype. ``bf16``: bfloat16 under any x.
 - ``int8``: q int8 ``[N, K]`` and scale fp32 ``[N]``; W = scale q. Activations are int8 for each row, too.
+- ``int8x<G>``, G = 32, 64 or 128: the same weights; activations are int8 for each G features of a row.
 - ``int8s``: the same weights; activations are int8 with a step that is known before, and come divided by it.
-- ``int4g<G>``, G = 32, 64 or 128: packed uint8 ``[N, K/2]`` and scale fp16 ``[N, K/G]``;
-  W = scale (q - 8) with q in 0 … 15. Suffix ``z``: also zero fp16 ``[N, K/G]``, and W = scale (q - zero).
-  Suffix ``a8``: activations are int8 for each row.
+- ``int4g<G>``: packed uint8 ``[N, K/2]`` and scale fp16 ``[N, K/G]``; W = scale (q - 8) with q in 0 … 15.
+  Suffix ``z``: also zero fp16 ``[N, K/G]``, and W = scale (q - zero). Suffix ``a8``: activations are int8 for
+  each G features of a row.
 
 Nibbles: in a group of G weights, byte j holds weight j in its low and weight j + G/2 in its high half, so that
 a vector of bytes becomes two vectors of weights in their own order.
 
-Activations in int8: s = max|y| / 127 over the row, q = y / s rounded to nearest, ties to even; a row of zeros
-stays zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in the same
+Activations in int8: s = max|y| / 127 over the row or the group, q = y / s rounded to nearest, ties to even;
+zeros stay zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in the same
 way and clamped to -127 … 127: their step is part of the weights' scales, and a row with a NaN becomes NaN. Sums
-of products of integers are exact; one multiplication by the scales follows (for nibbles, one for each group).
+of products of integers are exact; one multiplication by the scales follows (where there are groups, for each).
 
 Sources: symmetric and affine quantization as in Jacob et al. 2018, "Quantization and Training of Neural
 Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); groups as in Frantar et al. 2022,
@@ -38,6 +39,7 @@ NAMES = (
     "bf16",
     "int8",
     "int8s",
+    *(f"int8x{g}" for g in GROUPS),
     *(f"int4g{g}{zero}{act}" for g in GROUPS for zero in ("", "z") for act in ("", "a8")),
 )
 # Sums of this many products of int8 stay within int32.
@@ -69,6 +71,7 @@ class Format:
     Attributes:
         rounds_activations: they are int8.
         static: they come divided by their step.
+        together: how many features of a row have one scale of activations; 0 for all.
     """
 
     name: str
@@ -77,6 +80,7 @@ class Format:
     zero: bool = False
     rounds_activations: bool = False
     static: bool = False
+    together: int = 0
 
     @classmethod
     @functools.cache
@@ -90,10 +94,14 @@ class Format:
             raise ValueError(f"weight format {name!r} is none of {', '.join(NAMES)}")
         if name in ("int8", "int8s"):
             return cls(name, "int8", rounds_activations=True, static=name == "int8s")
+        found = re.fullmatch(r"int8x(\d+)", name)
+        if found is not None:
+            return cls(name, "int8", rounds_activations=True, together=int(found[1]))
         found = re.fullmatch(r"int4g(\d+)(z?)(a8)?", name)
         if found is None:
             return cls(name, "float")
-        return cls(name, "int4", int(found[1]), bool(found[2]), bool(found[3]))
+        group, rounds = int(found[1]), bool(found[3])
+        return cls(name, "int4", group, bool(found[2]), rounds, together=group if rounds else 0)
 
     @functools.cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -106,6 +114,11 @@ class Format:
         if self.zero:
             groups.append(Part("zero", torch.float16, self.group))
         return (Part("packed", torch.uint8, 2), *groups)
+
+    @property
+    def multiple(self) -> int:
+        """What the number of features must be a multiple of."""
+        return max(self.group, self.together)
 
     def nbytes(self, features: int, size: int, own: int) -> int:
         """Bytes of a weight ``[features, size]``; ``own``: of one element of x's dtype."""
@@ -121,8 +134,8 @@ class Format:
         Raises:
             ValueError: groups do not fit, or sums may overflow.
         """
-        if size % self.group:
-            raise ValueError(f"{self.name}: {size} features are no multiple of {self.group}")
+        if size % self.multiple:
+            raise ValueError(f"{self.name}: {size} features are no multiple of {self.multiple}")
         if self.rounds_activations and size > MOST_INT8:
             raise ValueError(
                 f"{self.name}: {size} features are more than {MOST_INT8}: int32 overflows"
@@ -183,9 +196,9 @@ def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
 def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
     """The tensors of ``weight`` in a format, each weight rounded to the nearest value that it has.
 
-    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group
-    that is widened to hold 0, and zero = -min / scale, an integer. They are rounded to their dtype before
-    weights are divided by them. A scale that fp16 cannot hold is infinite.
+    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group,
+    but at least max|w| / 1024 so that fp16 holds the zero, which is -min / scale and no integer as a rule. They
+    are rounded to their dtype before weights are divided by them. A scale that fp16 cannot hold is infinite.
 
     Args:
         weight: ``[N, K]``, of any float dtype.
@@ -203,12 +216,14 @@ def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
         q, scale = quantize_rows(w, torch.float32)
         return q.to(torch.int8), scale.squeeze(-1)
     groups = _grouped(w, form)
-    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
-    span = (high - low) / 15 if form.zero else torch.maximum(high, -low) / 7
+    low, high = groups.amin(-1), groups.amax(-1)
+    most = torch.maximum(high, -low)
+    span = torch.maximum((high - low) / 15, most / 1024) if form.zero else most / 7
     scale = span.half()
     wide = scale.to(w.dtype)
-    zero = (_divided(-low, wide).round() if form.zero else torch.full_like(wide, 8)).half()
-    levels = (_divided(groups, wide[..., None]).round() + zero[..., None].to(w.dtype)).clamp(0, 15)
+    zero = (_divided(-low, wide) if form.zero else torch.full_like(wide, 8)).half()
+    levels = _divided(groups, wide[..., None]) + zero[..., None].to(w.dtype)
+    levels = levels.round().clamp(0, 15)
     packed = pack(levels.flatten(-2), form.group)
     return (packed, scale, zero) if form.zero else (packed, scale)
 
@@ -249,6 +264,22 @@ def quantize_rows(
     return _whole(_divided(y, scale.to(y.dtype))), scale
 
 
+def quantize_activations(y: torch.Tensor, form: Format) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as a format rounds them: those of each row, or of each ``together`` features of it.
+
+    Args:
+        y: ``[..., K]``.
+
+    Returns:
+        q ``[..., groups, K / groups]``, whole numbers in y's dtype, and the scale ``[..., groups, 1]``.
+    """
+    groups = y.shape[-1] // form.together if form.together else 1
+    split = y.unflatten(-1, (groups, form.together or y.shape[-1]))
+    if form.static:
+        return _whole(split), split.new_ones((*split.shape[:-1], 1))
+    return quantize_rows(split)
+
+
 def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """y Wᵀ as the format means it, ``[..., N]``, in y's dtype.
 
@@ -264,16 +295,17 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
     check(form, tensors, y.shape[-1])
     if not form.rounds_activations:
         return torch.nn.functional.linear(y, dequantize(name, tensors, y.dtype))
-    one = y.new_ones((*y.shape[:-1], 1))
-    q, scale = (_whole(y), one) if form.static else quantize_rows(y)
-    exact = q.double()  # holds sums of products of integers exactly
+    q, scale = quantize_activations(y, form)
     if form.kind == "int8":
-        sums = torch.nn.functional.linear(exact, tensors[0].double())
-        return sums.to(y.dtype) * (scale * tensors[1].to(y.dtype))
-    weights = _centred(form, tensors, torch.float64)
-    sums = torch.einsum("...gk,ngk->...ng", _grouped(exact, form), weights)
-    scaled: torch.Tensor = (sums.to(y.dtype) * tensors[1].to(y.dtype)).sum(-1) * scale
-    return scaled
+        weights = tensors[0].double().unflatten(-1, q.shape[-2:])
+        own = tensors[1].to(y.dtype)[:, None].expand(-1, q.shape[-2])
+    else:
+        weights, own = _centred(form, tensors, torch.float64), tensors[1].to(y.dtype)
+    total = y.new_zeros((*y.shape[:-1], len(own)))
+    for g in range(q.shape[-2]):  # in fp64, sums of products of integers are exact
+        sums = torch.nn.functional.linear(q[..., g, :].double(), weights[:, g])
+        total = total + sums.to(y.dtype) * (scale[..., g, :] * own[:, g])
+    return total
 
 
 def _whole(levels: torch.Tensor) -> torch.Tensor:

@@ -62,8 +62,8 @@ class RoundedSite:
             return rounded(y, self.step)
         if not form.rounds_activations:
             return y
-        q, scale = formats.quantize_rows(y)
-        return q * scale
+        q, scale = formats.quantize_activations(y, form)
+        return (q * scale).flatten(-2)
 
 
 def rounded_site(

@@ -34,6 +34,7 @@ MIXED = {
         ("int8", "bf16", "int4g64", "int4g32za8", "int4g128a8", "int4g128z"),
     ),
     "both int8": Spec("none", 0.0, ("silu(p0) - p1",), ("int8s", "int8")),
+    "groups": Spec("rms", 1e-6, ("p0 - p1", "p2"), ("int8x64", "int8", "int8x32")),
 }
 ROWS = [(1,), (2,), (3,), (5,), (16,), (2, 1, 3), (53,)]  # from 16, or 32 with int8, in tiles
 FEATURES = 7  # a block of weights and three left over
@@ -46,7 +47,7 @@ SETS = {
 
 
 def sizes(spec: Spec) -> list[int]:
-    group = max(form.group for form in spec.kept)
+    group = max(form.multiple for form in spec.kept)
     return [n * group for n in (1, 2, 3, 5, 9)] if group > 1 else [1, 3, 16, 33, 64, 96, 577]
 
 
@@ -56,7 +57,10 @@ def settled(spec: Spec, x: torch.Tensor) -> torch.Tensor:
         return x
     while True:
         y = normalized(spec, x.double())
-        levels = [y / (y.abs().amax(-1, keepdim=True) / 127)]
+        levels = []
+        for form in {form.together: form for form in spec.kept if form.rounds_activations}.values():
+            split = y.unflatten(-1, (-1, form.together)) if form.together else y
+            levels.append((split / (split.abs().amax(-1, keepdim=True) / 127)).reshape(y.shape))
         if "int8s" in spec.formats and spec.norm != "none":
             levels.append(y)
         ties = [((each - each.floor() - 0.5).abs() < 3e-4).any(-1) for each in levels]
@@ -217,7 +221,7 @@ def check_exact(spec: Spec, size: int) -> None:
     x, weights, _ = extremes(spec.formats[0], size)
     whole = formats.dequantize(spec.formats[0], weights, torch.float64)
     # Sums of groups are added in fp32.
-    limit = 8 * torch.finfo(torch.float32).eps if Format.of(spec.formats[0]).kind == "int4" else 0
+    limit = 8 * torch.finfo(torch.float32).eps if Format.of(spec.formats[0]).together else 0
     for rows in (x, x.repeat(22, 1)):
         (got,) = call(spec, (rows, weights, []))
         expected = rows.double() @ whole.T
