@@ -1,11 +1,16 @@
-"""Quantized layers as checkpoints have them, packed number by number: a second reading of each layout."""
+"""Quantized checkpoints of a small model, packed number by number: a second reading of each layout."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
+from support import randomise
+from torch import nn
+from torch.nn import functional as F
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 G = 32
@@ -130,3 +135,78 @@ def int8(n: int, k: int, seed: int) -> Packed:
     zero = torch.zeros(n, 1)
     tensors = {"weight": q.to(torch.int8), "weight_scale": scale}
     return Packed(tensors, q, scale, zero, dense(q, scale, zero))
+
+
+# ---- a model, and checkpoints for it ---------------------------------------------------------------------
+
+D, INNER = 128, 64
+X = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
+LAYERS = {"gate_proj": (INNER, D), "up_proj": (INNER, D), "down_proj": (D, INNER)}
+SITES = [f"model.mlp.{name}.weight" for name in LAYERS]
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+V2 = {**GPTQ, "checkpoint_format": "gptq_v2"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+LLM_AWQ = {"w_bit": 4, "q_group_size": 32}
+
+
+def scheme(reads: dict[str, Any] | None, target: str = "Linear") -> dict[str, Any]:
+    groups = {"group_0": {"targets": [target], "input_activations": reads}}
+    return {"quant_method": "compressed-tensors", "config_groups": groups}
+
+
+EACH_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
+FIXED = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(D, INNER, bias=False)
+        self.up_proj = nn.Linear(D, INNER)
+        self.down_proj = nn.Linear(INNER, D, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_layernorm, self.norm, self.mlp = nn.RMSNorm(D), nn.RMSNorm(D), MLP()
+
+
+class Model(nn.Module):
+    """Named as in transformers; the head is not quantized."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.lm_head = Body(), nn.Linear(D, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.model.mlp(self.model.input_layernorm(x))
+        return self.lm_head(self.model.norm(x))
+
+
+@cache
+def made(make: Callable[..., Packed], *args: Any) -> Packed:
+    return make(*args)
+
+
+def checkpoint(
+    make: Callable[..., Packed], *args: Any
+) -> tuple[dict[str, torch.Tensor], dict[str, Packed]]:
+    """Every linear layer of the body packed, everything else as in a model with other weights."""
+    layers = {
+        f"model.mlp.{name}": made(make, n, k, seed, *args)
+        for seed, (name, (n, k)) in enumerate(LAYERS.items())
+    }
+    source = randomise(Model(), 7).state_dict()
+    tensors = {n: v for n, v in source.items() if n not in SITES}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{suffix}": value for suffix, value in layer.tensors.items()}
+    return tensors, layers
+
+
+def fresh(dtype: torch.dtype = torch.float32) -> nn.Module:
+    return randomise(Model()).eval().to(dtype)

@@ -6,94 +6,36 @@ import copy
 import json
 import pathlib
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import packed_layers as packed
 import pytest
 import torch
+from packed_layers import (
+    AWQ,
+    EACH_TOKEN,
+    FIXED,
+    GPTQ,
+    INNER,
+    LLM_AWQ,
+    SITES,
+    V2,
+    D,
+    X,
+    checkpoint,
+    fresh,
+    scheme,
+)
 from support import error, randomise, run
 from torch import nn
 from torch.nn import functional as F
 
 import sparsecc
 from sparsecc import load_quantized
-from sparsecc.errors import CheckpointError, RecipeError
+from sparsecc.errors import CheckpointError
 from sparsecc.hoist import Hoisted
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops import formats
-
-D, INNER = 128, 64
-X = torch.randn(3, D, generator=torch.Generator().manual_seed(1))
-LAYERS = {"gate_proj": (INNER, D), "up_proj": (INNER, D), "down_proj": (D, INNER)}
-SITES = [f"model.mlp.{name}.weight" for name in LAYERS]
-
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
-V2 = {**GPTQ, "checkpoint_format": "gptq_v2"}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
-LLM_AWQ = {"w_bit": 4, "q_group_size": 32}
-
-
-def scheme(reads: dict[str, Any] | None, target: str = "Linear") -> dict[str, Any]:
-    groups = {"group_0": {"targets": [target], "input_activations": reads}}
-    return {"quant_method": "compressed-tensors", "config_groups": groups}
-
-
-EACH_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "strategy": "token"}
-FIXED = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": False, "strategy": "tensor"}
-
-
-class MLP(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(D, INNER, bias=False)
-        self.up_proj = nn.Linear(D, INNER)
-        self.down_proj = nn.Linear(INNER, D, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Body(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.input_layernorm, self.norm, self.mlp = nn.RMSNorm(D), nn.RMSNorm(D), MLP()
-
-
-class Model(nn.Module):
-    """Named as in transformers; the head is not quantized."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.model, self.lm_head = Body(), nn.Linear(D, 10, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.model.mlp(self.model.input_layernorm(x))
-        return self.lm_head(self.model.norm(x))
-
-
-@cache
-def made(make: Callable[..., packed.Packed], *args: Any) -> packed.Packed:
-    return make(*args)
-
-
-def checkpoint(
-    make: Callable[..., packed.Packed], *args: Any
-) -> tuple[dict[str, torch.Tensor], dict[str, packed.Packed]]:
-    """Every linear layer of the body packed, everything else as in a model with other weights."""
-    layers = {
-        f"model.mlp.{name}": made(make, n, k, seed, *args)
-        for seed, (name, (n, k)) in enumerate(LAYERS.items())
-    }
-    source = randomise(Model(), 7).state_dict()
-    tensors = {n: v for n, v in source.items() if n not in SITES}
-    for name, layer in layers.items():
-        tensors |= {f"{name}.{suffix}": value for suffix, value in layer.tensors.items()}
-    return tensors, layers
-
-
-def fresh(dtype: torch.dtype = torch.float32) -> nn.Module:
-    return randomise(Model()).eval().to(dtype)
 
 
 def meant(model: nn.Module, recipe: Recipe) -> nn.Module:
@@ -342,170 +284,3 @@ def test_directories(shards: int, tmp_path: pathlib.Path) -> None:
         (tmp_path / "model-1.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"model-1\.safetensors cannot be read"):
             load_quantized(model, tmp_path)
-
-
-# ---- left alone -----------------------------------------------------------------------------------------
-
-
-def test_groups_out_of_order_stay_dense() -> None:
-    """desc_act: the weights are exact, and the product is in floating point."""
-    generator = torch.Generator().manual_seed(0)
-    index = (torch.randperm(INNER, generator=generator) // 32).to(torch.int32)
-    tensors, layers = checkpoint(packed.gptq)
-    name = "model.mlp.down_proj"
-    layers[name] = packed.gptq(*LAYERS["down_proj"], 5, 1, index)
-    tensors |= {f"{name}.{suffix}": value for suffix, value in layers[name].tensors.items()}
-    model = fresh()
-    recipe = load_quantized(model, tensors, GPTQ)
-    assert list(recipe.about["left"]) == [f"{name}.weight"]
-    assert "desc_act" in recipe.about["left"][f"{name}.weight"]
-    assert set(recipe.sites) == set(SITES[:2])
-    for each, layer in layers.items():
-        assert torch.equal(model.get_parameter(f"{each}.weight"), layer.weight.float())
-    with torch.no_grad():
-        result, _ = run(model, X, recipe=recipe)
-        assert error(result, copy.deepcopy(model).double()(X.double())) < 1e-5
-
-
-def test_what_no_format_means_stays_dense() -> None:
-    """Float activations under int8, or ones with zeros; groups of 16; int8 with zeros; scales beyond fp16."""
-    reads = {**EACH_TOKEN, "symmetric": False}
-    int8, _ = checkpoint(packed.int8)
-    with_zeros = {
-        **int8,
-        "model.mlp.up_proj.weight_zero_point": torch.ones(INNER, 1).to(torch.int8),
-    }
-    small, _ = checkpoint(packed.packed4, 4)  # groups of 32 and 16
-    huge, _ = checkpoint(packed.packed4)
-    huge["model.mlp.up_proj.weight_scale"] = torch.full((INNER, 4), 1e6).bfloat16()
-    one = {"model.mlp.up_proj.weight"}
-    for tensors, config, left, words in (
-        (int8, scheme(None), set(SITES), "floating activations"),
-        (int8, scheme(reads), set(SITES), "not symmetric"),
-        (with_zeros, scheme(EACH_TOKEN), one, "with zeros"),
-        (small, scheme(None), {SITES[2]}, "groups of 16"),
-        (huge, scheme(None), one, "do not hold"),
-    ):
-        recipe = load_quantized(fresh(), tensors, config)
-        assert set(recipe.about["left"]) == left
-        assert set(recipe.sites) == set(SITES) - left
-        assert all(words in why for why in recipe.about["left"].values())
-
-
-# ---- errors ----------------------------------------------------------------------------------------------
-
-UP = "model.mlp.up_proj"
-
-
-def drop(name: str) -> Callable[[dict[str, Any]], Any]:
-    return lambda tensors: tensors.pop(name)
-
-
-def put(name: str, value: torch.Tensor) -> Callable[[dict[str, Any]], Any]:
-    return lambda tensors: tensors.update({name: value})
-
-
-BROKEN: dict[str, tuple[Any, Any, Any, str]] = {
-    "no scales": (packed.awq, AWQ, drop(f"{UP}.scales"), rf"{UP}\.scales is missing"),
-    "no zeros": (packed.awq, AWQ, drop(f"{UP}.qzeros"), rf"no {UP}\.qzeros"),
-    "no norm": (packed.awq, AWQ, drop("model.norm.weight"), r"no model\.norm\.weight"),
-    "no bias": (packed.awq, AWQ, drop(f"{UP}.bias"), rf"no {UP}\.bias"),
-    "shape": (
-        packed.awq,
-        AWQ,
-        put(f"{UP}.scales", torch.ones(4, 63).half()),
-        rf"{UP}\.scales is \[4, 63\], not \[4, 64\]",
-    ),
-    "dtype": (
-        packed.awq,
-        AWQ,
-        put(f"{UP}.scales", torch.ones(4, INNER).int()),
-        rf"{UP}\.scales is torch.int32",
-    ),
-    "not finite": (
-        packed.awq,
-        AWQ,
-        put(f"{UP}.scales", torch.full((4, INNER), torch.inf).half()),
-        rf"{UP}\.scales has a NaN",
-    ),
-    "8 bits": (
-        packed.awq,
-        AWQ,
-        put(f"{UP}.qweight", torch.zeros(D, INNER // 4, dtype=torch.int32)),
-        rf"{UP}\.qweight is torch.int32 \[128, 16\]: of 4 bits",
-    ),
-    "float8": (
-        packed.int8,
-        scheme(EACH_TOKEN),
-        put(f"{UP}.weight", torch.zeros(INNER, D).to(torch.float8_e4m3fn)),
-        rf"{UP}\.weight is torch.float8_e4m3fn",
-    ),
-    "unknown tensor": (
-        packed.awq,
-        AWQ,
-        put("model.extra", torch.ones(1)),
-        r"has model\.extra, and the model does not",
-    ),
-    "unknown module": (
-        packed.awq,
-        AWQ,
-        put("model.mlp.other.qweight", torch.zeros(D, 8, dtype=torch.int32)),
-        r"quantizes model\.mlp\.other, and the model has no such",
-    ),
-    "not linear": (
-        packed.awq,
-        AWQ,
-        put("model.norm.qweight", torch.zeros(D, 8, dtype=torch.int32)),
-        r"model\.norm, and the model has a RMSNorm",
-    ),
-    "another layout": (packed.gptq, AWQ, lambda t: None, r"laid out as 'gptq'"),
-    "another version": (packed.awq, {**AWQ, "version": "gemv"}, lambda t: None, "not 'gemv'"),
-    "gptq unnamed": (packed.gptq, {}, lambda t: None, "checkpoint_format"),
-    "zero of 16": (
-        packed.gptq,
-        GPTQ,
-        put(f"{UP}.qzeros", torch.full((4, INNER // 8), -1, dtype=torch.int32)),
-        rf"{UP}\.qzeros holds 15",
-    ),
-    "group": (
-        packed.gptq,
-        GPTQ,
-        put(f"{UP}.g_idx", torch.full((D,), 4, dtype=torch.int32)),
-        rf"{UP}\.g_idx names groups beyond the 4",
-    ),
-    "int8 unnamed": (packed.int8, {}, lambda t: None, "no config group"),
-    "other targets": (packed.int8, scheme(EACH_TOKEN, "re:x"), lambda t: None, "no config group"),
-    "no step": (packed.int8, scheme(FIXED), lambda t: None, r"no model\..*\.input_scale"),
-    "shape of packed": (
-        packed.packed4,
-        scheme(None),
-        put(f"{UP}.weight_shape", torch.tensor([1, 2])),
-        rf"{UP}\.weight_shape is \[1, 2\]",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_errors_name_the_tensor(name: str) -> None:
-    make, config, breaks, words = BROKEN[name]
-    tensors, _ = checkpoint(make)
-    breaks(tensors)
-    with pytest.raises(CheckpointError, match=words):
-        load_quantized(fresh(), tensors, config)
-
-
-def test_more_errors(tmp_path: pathlib.Path) -> None:
-    assert issubclass(CheckpointError, RecipeError)
-    tensors, _ = checkpoint(packed.awq)
-    load_quantized(fresh(), {**tensors, "model.extra": X}, AWQ, ignore=["*.extra"])
-    with pytest.raises(CheckpointError, match="no quantized layer"):
-        load_quantized(fresh(), fresh().state_dict(), AWQ)
-    with pytest.raises(CheckpointError, match="meta device"), torch.device("meta"):
-        load_quantized(Model(), tensors, AWQ)
-    with pytest.raises(CheckpointError, match=r"has no \.safetensors"):
-        load_quantized(fresh(), tmp_path)
-    with pytest.raises(CheckpointError, match="neither a directory nor a file"):
-        load_quantized(fresh(), tmp_path / "none")
-    (tmp_path / "m.safetensors").write_bytes(b"12345678")
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_quantized(fresh(), tmp_path)
