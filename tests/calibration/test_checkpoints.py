@@ -26,7 +26,7 @@ from packed_layers import (
     fresh,
     scheme,
 )
-from support import error, randomise, run
+from support import PreNorm, error, ids, randomise, run
 from torch import nn
 from torch.nn import functional as F
 
@@ -178,6 +178,34 @@ def test_nothing_is_folded_into_given_weights() -> None:
     assert report["fold-norm-affine"].applied == 1  # of the head
     assert [r.code for r in report["fold-norm-affine"].refusals] == ["given"]
     assert report["quantize-linear"].applied == 3
+
+
+@pytest.mark.parametrize(
+    ("which", "folded_norms", "rms"), [("mix", 3, 5), ("up", 3, 5), ("out", 5, 4), ("head", 4, 5)]
+)
+def test_passes_around_given_weights(
+    which: str, folded_norms: int, rms: int, folded: list[torch.Tensor]
+) -> None:
+    """A pre-LN model where readers or writers of the stream are given: others are rewritten, these are not."""
+    model, tokens = randomise(PreNorm()).eval(), ids()
+    recipe, generator = Recipe("given"), torch.Generator().manual_seed(0)
+    codes = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear) and which in name:
+            site, shape = f"{name}.weight", list(layer.weight.shape)
+            q = torch.randint(-128, 128, shape, generator=generator)
+            scale = 0.001 + 0.001 * torch.rand(shape[0], 1, generator=generator)
+            layer.weight.data.copy_(q * scale.double())
+            recipe.sites[site], recipe.shapes[site] = "int8", shape
+            recipe.grids[site] = (scale, None)
+            codes.append(q.to(torch.int8))
+    with torch.no_grad():
+        _, report = run(model, tokens, recipe=recipe, verify="each")
+    assert report.verified
+    assert report["quantize-linear"].applied == len(codes) > 0
+    assert report["fold-norm-affine"].applied == folded_norms
+    assert report["layernorm-to-rmsnorm"].applied == rms
+    assert all(has(folded, q) for q in codes)
 
 
 def test_scales_are_not_migrated_at_given_weights() -> None:
