@@ -16,6 +16,7 @@ _LAZY = {
     "rewrite": "sparsecc.export",
     "bake": "sparsecc.export",
     "calibrate": "sparsecc.calibration",
+    "load_quantized": "sparsecc.checkpoints",
     "explain": "sparsecc.inspection",
     "verify": "sparsecc.inspection",
     "Report": "sparsecc.report.model",
@@ -27,6 +28,7 @@ _LAZY = {
     "SparseccError": "sparsecc.errors",
     "OptionsError": "sparsecc.errors",
     "CalibrationError": "sparsecc.errors",
+    "CheckpointError": "sparsecc.errors",
     "RecipeError": "sparsecc.errors",
     "RequirementError": "sparsecc.errors",
     "VerificationError": "sparsecc.errors",
@@ -34,6 +36,7 @@ _LAZY = {
 
 __all__ = [
     "CalibrationError",
+    "CheckpointError",
     "Exactness",
     "Options",
     "OptionsError",
@@ -49,14 +52,17 @@ __all__ = [
     "bake",
     "calibrate",
     "explain",
+    "load_quantized",
     "rewrite",
     "verify",
 ]
 
 if TYPE_CHECKING:
     from sparsecc.calibration import calibrate
+    from sparsecc.checkpoints import load_quantized
     from sparsecc.errors import (
         CalibrationError,
+        CheckpointError,
         OptionsError,
         RecipeError,
         RequirementError,

@@ -125,6 +125,7 @@ def pruned(recipe: Recipe, chosen: Mapping[str, str], links: Mapping[str, Sequen
         clips={site: clip for site, clip in recipe.clips.items() if site in own},
         activations={s: step for s, step in recipe.activations.items() if chosen.get(s) == STATIC},
         corrections={site: pair for site, pair in recipe.corrections.items() if site in own},
+        grids={site: grid for site, grid in recipe.grids.items() if site in own},
         options=dict(recipe.options),
         about=dict(recipe.about),
         versions=dict(recipe.versions),

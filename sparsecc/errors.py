@@ -51,6 +51,12 @@ class RecipeError(OptionsError):
     exit_code = 2
 
 
+class CheckpointError(RecipeError):
+    """A quantized checkpoint cannot be read, or is not of this model; names the tensor."""
+
+    exit_code = 2
+
+
 class CalibrationError(SparseccError):
     """The data or the model cannot be calibrated on: no batches, NaN, nothing to quantize; names the site."""
 

@@ -12,6 +12,7 @@ from sparsecc.options import Options, disabled
 from sparsecc.passes import registry
 from sparsecc.passes.base import Analyses, Context, Match, Pass, Refusal
 from sparsecc.program import Program, source_line
+from sparsecc.recipe import Recipe
 from sparsecc.report.model import GraphReport, MatchRecord, PassReport
 
 
@@ -32,6 +33,8 @@ def run(
     passes = options.pipeline()
     if not passes:
         return 0
+    recipes = (getattr(rewriting, "recipe", None) for rewriting in passes)
+    program.given = frozenset().union(*(r.given() for r in recipes if isinstance(r, Recipe)))
     canonical = [registry.load(name)() for name in registry.CANONICAL]
     changed = [_run_pass(p, program, options, report, instruments) for p in canonical]
     _stage("canonical", program, any(changed), instruments)

@@ -79,6 +79,7 @@ class Program:
         transient: whether its weights are filled anew for each call (FSDP gathers them), so that nothing
             computed from them may be kept.
         migrated: the links of a recipe along which channels were scaled or shifted.
+        given: names of the parameters whose codes a recipe gives: no pass may fold anything into them.
     """
 
     module: fx.GraphModule
@@ -89,6 +90,7 @@ class Program:
     transient: bool = False
     version: int = 0
     migrated: set[str] = field(default_factory=set)
+    given: frozenset[str] = frozenset()
 
     @property
     def recomputes(self) -> bool:
@@ -140,6 +142,7 @@ class Program:
             self.transient,
             self.version,
             set(self.migrated),
+            self.given,
         )
 
     # ---- edits: all passes go through these, so that metadata is never lost ----------------------

@@ -131,7 +131,8 @@ class Reference:
     ) -> Verdict:
         """Algebra of ``program``, and the rounding of ``result`` and of the inputs that it wrote.
 
-        Of a ``lossy`` program, made of ``program``, that in fp64 takes the place of eager.
+        Of a ``lossy`` program, made of ``program``, that in fp64 takes the place of eager where it loses more:
+        weights that are on their grid already lose nothing by being rounded, and float products still do.
         """
         verdict = self.judge_algebra(stage, program)
         if verdict.skipped:
@@ -140,7 +141,8 @@ class Reference:
         if lossy is not None:
             rounded = self._run_fp64(lossy)
             verdict.loss = max(map(_loss, rounded, self.exact), default=0.0)
-            beside = [_like(a, b) for a, b in zip(rounded, self.eager, strict=True)]
+            triples = zip(rounded, self.eager, self.exact, strict=True)
+            beside = [_further(_like(a, b), b, exact) for a, b, exact in triples]
         results = _outputs(result)
         names = [f"output {i}" for i in range(len(results))]
         if args:
@@ -264,6 +266,13 @@ def _loss(rounded: Any, exact: Any) -> float:
 
 def _like(value: Any, eager: Any) -> Any:
     return value.to(eager.dtype) if isinstance(eager, torch.Tensor) else value
+
+
+def _further(rounded: Any, eager: Any, exact: Any) -> Any:
+    """Which of two results is further from ``exact``."""
+    if not isinstance(exact, torch.Tensor) or not exact.dtype.is_floating_point:
+        return rounded
+    return rounded if _errors(rounded, exact) >= _errors(eager, exact) else eager
 
 
 def _outputs(result: Any) -> list[Any]:

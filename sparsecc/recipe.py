@@ -20,7 +20,9 @@ import torch
 from sparsecc.errors import RecipeError, first_line
 
 VERSION = 1  # of the file
-_TENSORS = ("scales", "shifts", "clips", "corrections")
+_TENSORS = ("scales", "shifts", "clips", "corrections", "grids")
+
+Grid = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(repr=False)
@@ -40,6 +42,9 @@ class Recipe:
         clips: site -> the share of its largest magnitude that each group of a row keeps, fp32 [N, groups].
         activations: site -> the step s of its input, one number for the tensor: q = round(y / s).
         corrections: site -> (U [N, r], V [r, K]), fp32: what is added to the rounded weight.
+        grids: site -> (scale [N, groups], zero [N, groups] or None) on which its weight is rounded, where they
+            are known before, as a checkpoint's; one group is a row of int8. The site's parameter itself is
+            rounded: no pass folds anything into it.
         options: of the method.
         budget: what was asked for, such as {"metric": "perplexity", "increase": 0.02}; empty without.
         tried: one entry for each candidate that was measured, in order.
@@ -55,6 +60,7 @@ class Recipe:
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, float] = field(default_factory=dict)
     corrections: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    grids: dict[str, Grid] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
@@ -82,7 +88,8 @@ class Recipe:
             for key, tensor in value.items():
                 parts = tensor if isinstance(tensor, tuple) else (tensor,)
                 for i, part in enumerate(parts):
-                    tensors[f"{name}/{i}/{key}"] = part.detach().cpu().contiguous()
+                    if part is not None:
+                        tensors[f"{name}/{i}/{key}"] = part.detach().cpu().contiguous()
         try:
             text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
             write_pair(target, text, tensors)
@@ -112,15 +119,20 @@ class Recipe:
             raise RecipeError(
                 f"recipe {target} cannot be read: {type(error).__name__}: {first_line(error)}"
             ) from error
-        pairs: dict[str, dict[int, torch.Tensor]] = {}
+        pairs: dict[str, dict[str, dict[int, torch.Tensor]]] = {"corrections": {}, "grids": {}}
         for name, tensor in tensors.items():
             kind, index, key = name.split("/", 2)
-            if kind == "corrections":
-                pairs.setdefault(key, {})[int(index)] = tensor
+            if kind in pairs:
+                pairs[kind].setdefault(key, {})[int(index)] = tensor
             elif kind in _TENSORS:
                 getattr(recipe, kind)[key] = tensor
-        recipe.corrections = {key: (found[0], found[1]) for key, found in pairs.items()}
+        recipe.corrections = {key: (p[0], p[1]) for key, p in pairs["corrections"].items()}
+        recipe.grids = {key: (p[0], p.get(1)) for key, p in pairs["grids"].items()}
         return recipe
+
+    def given(self) -> frozenset[str]:
+        """The sites whose codes are given, and which stay as they are until they are rounded."""
+        return frozenset(self.grids.keys() & self.sites.keys())
 
     def links_of(self, site: str) -> set[str]:
         """The links whose scales or shifts the numbers of ``site`` were chosen behind."""

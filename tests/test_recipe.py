@@ -31,6 +31,7 @@ def full() -> Recipe:
         clips={"a.weight": torch.rand(8, 1)},
         activations={"a.weight": 0.5},
         corrections={"a.weight": (torch.randn(8, 2), torch.randn(2, 32))},
+        grids={"a.weight": (torch.rand(8, 1).half(), torch.rand(8, 1).half())},
         options={"group": 32},
         budget={"metric": "kl", "limit": 0.01},
         tried=[{"method": "int8", "kl": 0.001}],
@@ -44,7 +45,7 @@ def test_saved_and_loaded(tmp_path: pathlib.Path) -> None:
     recipe.save(tmp_path / "r.json")
     loaded = Recipe.load(tmp_path / "r.json")
     for name, value in vars(recipe).items():
-        if name in ("scales", "shifts", "clips", "corrections"):
+        if name in ("scales", "shifts", "clips", "corrections", "grids"):
             assert getattr(loaded, name).keys() == value.keys()
             for key, tensor in value.items():
                 pairs = zip(

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.convolutions import taps
-from sparsecc.passes.analysis.linear import Linear
+from sparsecc.passes.analysis.linear import Linear, every_linear, is_given
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.analysis.stream import feature_axis_of_user, is_number, is_tensor, readers
@@ -131,6 +131,7 @@ UNREADABLE: Mapping[str, str] = {
     "output": "the model returns it",
     "tied": "a reader's weight is shared with another node",
     "region": "an autocast or grad-mode region begins or ends between it and a reader",
+    "given": "a recipe gives the codes of a reader's weight, which stays as it is",
 }
 
 
@@ -154,6 +155,9 @@ class Readers:
         if self.other is not None and self.other.op == "output":
             return Refusal.at(node, "output", f"the model returns {node.name}")
         if self.other is not None:
+            linear = context.analyses.get(every_linear).get(self.other)
+            if linear is not None and is_given(linear, context.program, context.analyses):
+                return Refusal.at(self.other, "given", f"{UNREADABLE['given']}: {self.other.name}")
             words = f"{target_name(self.other)} reads {node.name}, not a linear layer"
             return Refusal.at(self.other, "reader", words)
         if not self.all:

@@ -226,7 +226,23 @@ def _make(
 
 
 def linears(program: Program, analyses: Analyses) -> dict[fx.Node, Linear]:
-    """Every linear map of the program, by node."""
+    """Every linear map of the program that weights may be folded into, by node: not those that are given."""
+    every = analyses.get(every_linear)
+    if not program.given:
+        return every
+    return {
+        node: linear for node, linear in every.items() if not is_given(linear, program, analyses)
+    }
+
+
+def is_given(linear: Linear, program: Program, analyses: Analyses) -> bool:
+    """Whether a recipe gives the codes of the weight (or of a parameter that it is computed from)."""
+    read = analyses.get(weight_values).sources[linear.weight]
+    return any(program.slots[p.name].fqn in program.given for p in read)
+
+
+def every_linear(program: Program, analyses: Analyses) -> dict[fx.Node, Linear]:
+    """Every linear map of the program, by node: for what leaves weights as they are."""
     weights = analyses.get(weight_values)
     found = ((node, as_linear(node, weights)) for node in program.graph.nodes)
     return {node: linear for node, linear in found if linear is not None}

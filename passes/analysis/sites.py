@@ -12,7 +12,7 @@ from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.links import Link, links
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
-from sparsecc.program import Program
+from sparsecc.program import Program, ancestors
 from sparsecc.runtime.ops.few_rows import Spec, few_rows
 
 aten = torch.ops.aten
@@ -23,7 +23,8 @@ class Site:
     """One weight matrix that a product reads.
 
     Attributes:
-        name: the parameters that it is computed from, matrices alone, joined by "+".
+        name: the parameters that it is computed from, matrices alone, joined by "+"; of a stack of matrices
+            [E, N, K] from which one is selected, its number too ("experts.down_proj.3").
         node: the product: ``aten.linear``, or ``sparsecc.few_rows``.
         weight: [N, K].
         index: which weight of the product.
@@ -61,7 +62,22 @@ def site_name(program: Program, weight: fx.Node, weights: WeightValues) -> str:
     if weight not in weights:
         return ""
     read = [p for p in weights.sources[weight] if p.meta["val"].dim() > 1]
-    return "+".join(sorted(program.slots[p.name].fqn for p in read))
+    return "+".join(sorted(program.slots[p.name].fqn + _element(p, weight) for p in read))
+
+
+def _element(parameter: fx.Node, weight: fx.Node) -> str:
+    """The number of the one matrix of a stack that ``weight`` is computed from; "" where it is not one."""
+    shape = parameter.meta["val"].shape
+    if len(shape) < 3:
+        return ""
+    between = ancestors([weight])
+    indices: set[Any] = set()
+    for user in parameter.users:
+        if user in between:
+            first = user.target is aten.select.int and user.args[1] in (0, -len(shape))
+            indices.add(user.args[2] if first else None)
+    index = indices.pop() if len(indices) == 1 else None
+    return f".{index % shape[0]}" if isinstance(index, int) else ""
 
 
 def named_links(program: Program, analyses: Analyses) -> dict[str, Link]:

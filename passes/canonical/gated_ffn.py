@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 
 from sparsecc.passes.analysis.ffn import as_gated
-from sparsecc.passes.analysis.linear import linears
+from sparsecc.passes.analysis.linear import every_linear
 from sparsecc.passes.base import Context, Exactness, Example, Match, Pass, Refusal
 from sparsecc.passes.canonical._guard import GUARD_REFUSALS, guard
 
@@ -37,7 +37,7 @@ class RaiseGatedFFN(Pass):
     refusals: ClassVar[Mapping[str, str]] = GUARD_REFUSALS
 
     def find(self, context: Context) -> list[Match]:
-        maps = context.analyses.get(linears)
+        maps = context.analyses.get(every_linear)
         matches = []
         for node in context.program.calls(aten.mul.Tensor):
             gated = as_gated(node, maps)

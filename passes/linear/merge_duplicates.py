@@ -24,7 +24,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.alias import Aliases, aliases
 from sparsecc.passes.analysis.batchnorms import batch_norms
-from sparsecc.passes.analysis.linear import Linear, linears
+from sparsecc.passes.analysis.linear import Linear, every_linear
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.weights import is_pure
 from sparsecc.passes.base import (
@@ -60,7 +60,7 @@ class MergeDuplicates(Pass):
 
     def find(self, context: Context) -> list[Match]:
         first = context.analyses.get(first_equal)
-        maps = context.analyses.get(linears)
+        maps = context.analyses.get(every_linear)
         norms = context.analyses.get(batch_norms)
         groups: dict[Hashable, list[fx.Node]] = defaultdict(list)
         for node in context.program.graph.nodes:

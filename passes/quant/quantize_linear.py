@@ -7,7 +7,8 @@ Source Jacob et al. 2018, "Quantization and Training of Neural Networks for Effi
        (a low-rank correction U V of the rounding error).
 Legal  in inference, for the sites of a recipe, where K is a multiple of the group. The weight is rounded as the
        passes before left it, in fp64, and again when it changes. A tied weight is rounded as a copy of its own:
-       other readers keep the original.
+       other readers keep the original. Where the recipe gives the grid (a checkpoint's scales and zeros), the
+       weight must be the parameter itself, so that the checkpoint's codes come back; other passes leave it.
 Lossy  by the rounding alone: the transforms before are exact (migrate-channels).
 Pays   int8 reads a quarter of the bytes of fp32, int4 an eighth, and sums integers. A static step that no link
        could move into a weight costs one multiplication of the input.
@@ -45,7 +46,7 @@ class QuantizeLinear(Pass):
     """Round the weights of a recipe's sites, and multiply by them in integers.
 
     Attributes:
-        recipe: whose ``sites``, ``clips``, ``activations`` and ``corrections`` are carried out.
+        recipe: whose ``sites``, ``grids``, ``clips``, ``activations`` and ``corrections`` are carried out.
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe("none"))
@@ -68,11 +69,14 @@ class QuantizeLinear(Pass):
         "unmigrated": "the recipe rounds it behind scales or shifts that this graph does not carry (those "
         "of v where a cache is written, say: calibrate with the cache)",
         "region": "under autocast, which narrows the product",
+        "given": "the recipe gives the codes of a parameter, and the model computes the weight from it",
     }
 
     def find(self, context: Context) -> list[Match]:
         found = context.analyses.get(sites)
         self.recipe.check({site.name: site.shape for site in found})
+        for site in found:
+            self._check_grid(site)
         products: dict[fx.Node, list[Site]] = defaultdict(list)
         for site in found:
             if site.name in self.recipe.sites:
@@ -81,6 +85,28 @@ class QuantizeLinear(Pass):
             Match(node, {"sites": each}, note=", ".join(self._words(site) for site in each))
             for node, each in products.items()
         ]
+
+    def _check_grid(self, site: Site) -> None:
+        """Whether the grid of a site is one of its format.
+
+        Raises:
+            RecipeError: it is not.
+        """
+        if site.name not in self.recipe.given():
+            return
+        form, grid = Format.of(self.recipe.sites[site.name]), self.recipe.grids[site.name]
+        features, size = site.shape
+        wanted = [features, 1 if form.kind == "int8" else size // form.group]
+        shapes = [list(part.shape) for part in grid if part is not None]
+        if form.kind == "float" or shapes != [wanted] * (1 + form.zero):
+            raise RecipeError(
+                f"the grid of {site.name} is {shapes}; the format {form.name!r} of a weight {site.shape} has "
+                f"{[wanted] * (1 + form.zero) if form.kind != 'float' else 'none'}."
+            )
+        if site.name in self.recipe.clips:
+            raise RecipeError(
+                f"{site.name} has a grid and a clip: codes that are given are not clipped."
+            )
 
     def _words(self, site: Site) -> str:
         static = self.recipe.activations.get(site.name)
@@ -119,6 +145,8 @@ class QuantizeLinear(Pass):
                     "unmigrated",
                     f"{words['unmigrated']}: {', '.join(sorted(missing))}",
                 )
+            if site.name in self.recipe.grids and site.weight.op != "placeholder":
+                return Refusal.at(site.weight, "given", f"{words['given']}: {site.name}")
             try:
                 Format.of(self.recipe.sites[site.name]).check_size(site.shape[1])
             except ValueError as error:
@@ -177,8 +205,14 @@ class QuantizeLinear(Pass):
         clip: Any = self.recipe.clips.get(site.name)
         if clip is not None:
             clip = program.constant(clip.float(), like=node, origin=self.name)
-        parts = Format.of(form).parts
-        return [build.call(rounded_weight, weight, clip, form, i) for i in range(len(parts))]
+        grid: list[Any] = []
+        for i, part in enumerate(self.recipe.grids.get(site.name, ())):
+            if part is not None:
+                wide = part.double() * step if i == 0 and step != 1.0 else part
+                narrow = wide.float() if wide.dtype is torch.float64 else wide
+                grid.append(program.constant(narrow, like=node, origin=self.name))
+        parts = range(len(Format.of(form).parts))
+        return [build.call(rounded_weight, weight, clip, form, i, *grid) for i in parts]
 
     def _correction(
         self, program: Program, node: fx.Node, x: fx.Node, pair: tuple[torch.Tensor, torch.Tensor]

@@ -228,6 +228,45 @@ def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
     return (packed, scale, zero) if form.zero else (packed, scale)
 
 
+def quantize_on(
+    weight: torch.Tensor, name: str, scale: torch.Tensor, zero: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of ``weight`` in a format whose scales and zeros are given: q = round(w / scale + zero).
+
+    Of a weight that codes on this grid mean, these codes come back, whatever float dtype it was rounded to in
+    between (unless their scale is 0: all of them mean 0). Codes of int8 are -128 … 127 here.
+
+    Args:
+        weight: ``[N, K]``, of any float dtype.
+        name: of the format, int8 or int4.
+        scale: ``[N, 1]`` of int8, ``[N, K/G]`` of int4.
+        zero: ``[N, K/G]`` for a format with zeros, None for others.
+
+    Raises:
+        ValueError: the format is unknown or has no scales, K is not one of its sizes, or the grid does not fit.
+    """
+    form = Format.of(name)
+    features, size = weight.shape
+    form.check_size(size)
+    if form.kind == "float" or (zero is None) == form.zero:
+        raise ValueError(f"{name} is no format of a grid with{'out' if zero is None else ''} zeros")
+    wanted = (features, 1 if form.kind == "int8" else size // form.group)
+    for part in (scale, zero):
+        if part is not None and tuple(part.shape) != wanted:
+            raise ValueError(f"{name}: a grid {list(part.shape)} for {list(wanted)}")
+    w = weight if weight.dtype is torch.float64 else weight.float()
+    if form.kind == "int8":
+        kept = scale.float()
+        q = _divided(w, kept.to(w.dtype)).round().clamp(-128, 127)
+        return q.to(torch.int8), kept.squeeze(-1)
+    kept = scale.half()
+    origin = torch.full_like(kept, 8) if zero is None else zero.half()
+    shifted = _divided(_grouped(w, form), kept.to(w.dtype)[..., None])
+    levels = (shifted + origin.to(w.dtype)[..., None]).round().clamp(0, 15)
+    packed = pack(levels.flatten(-2), form.group)
+    return (packed, kept, origin) if form.zero else (packed, kept)
+
+
 def dequantize(name: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """The weight ``[N, K]`` that ``tensors`` mean, computed in ``dtype``.
 

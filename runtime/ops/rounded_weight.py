@@ -8,17 +8,27 @@ from sparsecc.runtime.ops import formats
 from sparsecc.runtime.ops.define import define_meaning
 
 
-def meaning(weight: torch.Tensor, clip: torch.Tensor | None, form: str, part: int) -> torch.Tensor:
+def meaning(
+    weight: torch.Tensor,
+    clip: torch.Tensor | None,
+    form: str,
+    part: int,
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The tensor ``part`` of ``weight`` in the format ``form`` (:func:`sparsecc.runtime.ops.formats.quantize`).
 
     Args:
         weight: ``[N, K]``, of any float dtype.
         clip: as of :func:`clipped`; None clips nothing.
+        scale, zero: a grid that is given (:func:`sparsecc.runtime.ops.formats.quantize_on`).
 
     Raises:
         ValueError: the format is unknown, K is not one of its sizes, or the groups do not divide K.
     """
     weight = weight if clip is None else clipped(weight, clip)
+    if scale is not None:
+        return formats.quantize_on(weight, form, scale, zero)[part]
     return formats.quantize(weight, form)[part]
 
 
@@ -42,5 +52,7 @@ def clipped(weight: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:
 
 
 rounded_weight = define_meaning(
-    "rounded_weight", "(Tensor weight, Tensor? clip, str form, int part) -> Tensor", meaning
+    "rounded_weight",
+    "(Tensor weight, Tensor? clip, str form, int part, Tensor? scale=None, Tensor? zero=None) -> Tensor",
+    meaning,
 )

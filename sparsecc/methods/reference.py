@@ -79,7 +79,13 @@ def rounded_site(
     weight = migrated(observations, recipe, site)
     clip = recipe.clips.get(site) if own else None
     weight = weight if clip is None else clipped(weight, clip)
-    kept = formats.dequantize(chosen, formats.quantize(weight, chosen), torch.float64)
+    grid = recipe.grids.get(site) if own else None
+    tensors = (
+        formats.quantize(weight, chosen)
+        if grid is None
+        else formats.quantize_on(weight, chosen, *grid)
+    )
+    kept = formats.dequantize(chosen, tensors, torch.float64)
     scale, shift = columns(observations, recipe, site)
     correction = recipe.corrections.get(site) if own else None
     return RoundedSite(

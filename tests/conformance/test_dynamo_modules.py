@@ -42,21 +42,29 @@ def test_subclass_parameters() -> None:
     assert reports[1][TO_RMS].applied == 1
 
 
+TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig")
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_quantized_by_torchao() -> None:
-    """int8 weights of torchao pass through: the same numbers as Inductor alone, bit for bit."""
+@pytest.mark.parametrize("config", TORCHAO)
+def test_quantized_by_torchao(config: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Weights of torchao pass through: Inductor's numbers bit for bit, a reason in the report, no pass."""
     quantization = pytest.importorskip(
         "torchao.quantization", reason="make assets installs torchao"
     )
     model = nn.Sequential(tiny(), nn.Linear(4, 64), nn.LayerNorm(64), nn.Linear(64, 64)).eval()
-    quantization.quantize_(randomise(model), quantization.Int8WeightOnlyConfig())
+    quantization.quantize_(randomise(model), getattr(quantization, config)())
     report = sparsecc.Report()
-    options = {"report": report, "floor": False}
-    with torch.no_grad():
-        fast = torch.compile(model, backend="sparsecc", options=options)(x32(5, 8))
-        torch._dynamo.reset()
-        assert torch.equal(fast, torch.compile(model, backend="inductor")(x32(5, 8)))
-    assert "tensor subclass" in report.fallbacks[0]
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "sparsecc"):
+        for options in ({"report": report, "floor": False}, {}):  # {}: as a user has it
+            torch._dynamo.reset()
+            fast = torch.compile(model, backend="sparsecc", options=options)(x32(5, 8))
+            torch._dynamo.reset()
+            assert torch.equal(fast, torch.compile(model, backend="inductor")(x32(5, 8)))
+    assert ["tensor subclass" in reason for reason in report.fallbacks] == [True]
+    assert not any(p.applied for p in report)
+    ours = [r.getMessage() for r in caplog.records if r.name.startswith("sparsecc")]
+    assert all("tensor subclass" in message for message in ours)
 
 
 # ---- settings of torch.compile -------------------------------------------------------------------

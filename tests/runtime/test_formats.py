@@ -185,3 +185,66 @@ def test_sizes_that_are_no_multiple_of_a_group(name: str) -> None:
 def test_a_name_that_is_none() -> None:
     with pytest.raises(ValueError, match="'int4' is none of dense, bf16, int8, int8s, int4g32"):
         formats.quantize(torch.randn(2, 2), "int4")
+
+
+# ---- grids that are given ------------------------------------------------------------------------------
+
+
+def grid(name: str, rows: int = 5, size: int = 256) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Scales down to fp16's least, and zeros of any size, whole or not."""
+    form = Format.of(name)
+    shape = (rows, 1 if form.kind == "int8" else size // form.group)
+    scale = (2.0 ** torch.randint(-24, 3, shape)).half()
+    zero = (15 * torch.rand(shape)).half() if form.zero else None
+    return scale, zero
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["int8", "int8s", "int4g32", "int4g64z", "int4g128za8"])
+def test_codes_come_back_from_their_values(name: str, dtype: torch.dtype) -> None:
+    form = Format.of(name)
+    scale, zero = grid(name)
+    wide = scale.double().repeat_interleave(256 // scale.shape[1], 1)
+    if form.kind == "int8":
+        q = torch.randint(-128, 128, (5, 256))
+        values = q * wide
+    else:
+        q = torch.randint(0, 16, (5, 256))
+        origin = torch.tensor(8.0) if zero is None else zero.repeat_interleave(form.group, 1)
+        values = (q - origin.double()) * wide
+    tensors = formats.quantize_on(values.to(dtype), name, scale, zero)
+    formats.check(form, tensors, 256)
+    codes = tensors[0] if form.kind == "int8" else formats.unpack(tensors[0], form.group)
+    assert torch.equal(codes.long(), q)
+    assert torch.equal(tensors[1].reshape(scale.shape), scale.to(tensors[1].dtype))
+    assert zero is None or torch.equal(tensors[2], zero)
+    torch.testing.assert_close(
+        formats.dequantize(name, tensors, torch.float64), values, rtol=0, atol=0
+    )
+
+
+def test_what_lies_outside_a_grid_is_clamped_and_dead_scales_mean_nothing() -> None:
+    weight = torch.tensor([[-9.0, 9.0, 0.0] + [0.0] * 29, [1.0] * 32])
+    scale = torch.tensor([[0.5], [0.0]]).half()
+    q = formats.unpack(formats.quantize_on(weight, "int4g32", scale)[0], 32)
+    assert q[0, :3].tolist() == [0, 15, 8]
+    assert bool((q[1] == 8).all())
+    q, _ = formats.quantize_on(20 * weight, "int8", scale)
+    assert q[0, :3].tolist() == [-128, 127, 0]
+    assert not bool(q[1].any())
+
+
+def test_a_grid_that_is_none_of_the_format() -> None:
+    weight, one = torch.randn(4, 64), torch.ones(4, 1)
+    for name, scale, zero in (
+        ("bf16", one, None),
+        ("int8", one, one),
+        ("int8", torch.ones(4, 2), None),
+        ("int4g64z", one, None),
+        ("int4g64", one, one),
+        ("int4g32", one, None),
+        ("int4g64z", one, torch.ones(1, 1)),
+        ("int4g128", one, None),
+    ):
+        with pytest.raises(ValueError, match=name):
+            formats.quantize_on(weight, name, scale, zero)

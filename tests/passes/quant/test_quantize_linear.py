@@ -222,6 +222,33 @@ def test_exact_passes_are_proved_before_anything_is_rounded() -> None:
     assert error(result, exact) < 0.2
 
 
+class Cancelling(nn.Module):
+    """Float arithmetic loses three digits here, whoever multiplies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 16)
+
+    def forward(self, x):
+        return self.layer(x) + 1000 - 1000
+
+
+def test_weights_on_their_grid_are_held_to_the_error_of_float_products() -> None:
+    """Rounding loses nothing of them: what is left is eager's own error, not none."""
+    model = randomise(Cancelling()).eval()
+    recipe = recipe_of(model, X, form="int4g32")
+    kept = formats.quantize(model.layer.weight.detach().double(), "int4g32")
+    recipe.grids["layer.weight"] = (kept[1], None)
+    with torch.no_grad():
+        model.layer.weight.copy_(formats.dequantize("int4g32", kept, torch.float64))
+        _, report = run(model, X, recipe=recipe, verify="final")
+    (verdict,) = report.verdicts
+    assert report[NAME].applied == 1
+    assert verdict.passed
+    assert verdict.loss is not None
+    assert verdict.loss < 1e-12
+
+
 def test_a_kernel_that_rounds_more_than_the_recipe_is_caught(monkeypatch) -> None:
     model = randomise(Layers()).eval()
     recipe = recipe_of(model, X)
