@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sparsecc.errors import CalibrationError
-from sparsecc.methods.common import STATIC, fits
+from sparsecc.methods.common import STATIC, dynamic, fits
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import Format
@@ -49,9 +49,8 @@ def formats_of(recipe: Recipe, site: str) -> list[str]:
     found = [own]
     if own.startswith("int4"):
         finer = own.replace("int4g128", "int4g32").replace("int4g64", "int4g32")
-        found += [finer, "int8"]
-    size = recipe.shapes[site][1]
-    return [form for form in dict.fromkeys(found) if fits(form, size)]
+        found += [finer, next(form for form in dynamic(32) if fits(form, recipe.shapes[site][1]))]
+    return [form for form in dict.fromkeys(found) if fits(form, recipe.shapes[site][1])]
 
 
 def cost_of(

@@ -14,9 +14,10 @@ Nibbles: in a group of G weights, byte j holds weight j in its low and weight j 
 a vector of bytes becomes two vectors of weights in their own order.
 
 Activations in int8: s = max|y| / 127 over the row or the group, q = y / s rounded to nearest, ties to even;
-zeros stay zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in the same
-way and clamped to -127 … 127: their step is part of the weights' scales, and a row with a NaN becomes NaN. Sums
-of products of integers are exact; one multiplication by the scales follows (where there are groups, for each).
+zeros stay zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in
+the same way and clamped to -127 … 127: their step is part of the weights' scales, and a row with a NaN becomes
+NaN. Sums of products of integers are exact; one multiplication by the scales follows, for each group if there
+are some.
 
 Sources: symmetric and affine quantization as in Jacob et al. 2018, "Quantization and Training of Neural
 Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); groups as in Frantar et al. 2022,
@@ -280,7 +281,9 @@ def dequantize(name: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -
         return first.to(dtype)
     if form.kind == "int8":
         return first.to(dtype) * tensors[1].to(dtype)[:, None]
-    return (_centred(form, tensors, dtype) * tensors[1].to(dtype)[..., None]).flatten(-2)
+    wide = dtype if dtype is torch.float64 else torch.float32  # q - zero may cancel
+    centred = _centred(form, tensors, wide) * tensors[1].to(wide)[..., None]
+    return centred.flatten(-2).to(dtype)
 
 
 def quantize_rows(
@@ -335,16 +338,17 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
     if not form.rounds_activations:
         return torch.nn.functional.linear(y, dequantize(name, tensors, y.dtype))
     q, scale = quantize_activations(y, form)
-    if form.kind == "int8":
+    whole = form.kind == "int8"  # one scale for all of a row
+    if whole:
         weights = tensors[0].double().unflatten(-1, q.shape[-2:])
-        own = tensors[1].to(y.dtype)[:, None].expand(-1, q.shape[-2])
+        own = y.new_ones(weights.shape[:-1])
     else:
         weights, own = _centred(form, tensors, torch.float64), tensors[1].to(y.dtype)
     total = y.new_zeros((*y.shape[:-1], len(own)))
     for g in range(q.shape[-2]):  # in fp64, sums of products of integers are exact
         sums = torch.nn.functional.linear(q[..., g, :].double(), weights[:, g])
         total = total + sums.to(y.dtype) * (scale[..., g, :] * own[:, g])
-    return total
+    return total * tensors[1].to(y.dtype) if whole else total
 
 
 def _whole(levels: torch.Tensor) -> torch.Tensor:

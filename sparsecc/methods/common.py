@@ -15,13 +15,28 @@ import torch
 from sparsecc.errors import CalibrationError, unknown
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
-from sparsecc.runtime.ops.formats import Format
+from sparsecc.runtime.ops.formats import GROUPS, Format
 from sparsecc.statistics import Statistics
 from sparsecc.watch import LinkFacts
 
 STATIC = "int8s"  # int8 weights, and activations that were divided by a fixed step
 FLOOR = 1e-5  # of a channel's magnitude, relative to the largest of its link
 _SMALLEST = 1e-30
+
+
+def dynamic(group: int | None) -> list[str]:
+    """The formats to try, in order, of int8 weights with dynamic activations.
+
+    Args:
+        group: features of a row that share a scale; None for the whole row.
+    Raises:
+        CalibrationError: there are no groups of this size.
+    """
+    if group is None:
+        return ["int8"]
+    if group not in GROUPS:
+        raise CalibrationError(unknown("group", group, [*map(str, GROUPS), "None"]))
+    return [f"int8x{group}", "int8"]
 
 
 def fits(name: str, size: int) -> bool:

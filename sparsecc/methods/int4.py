@@ -1,7 +1,8 @@
 """int4 weights for each group of a row, rounded to the nearest: activations stay as they are.
 
-Law     W ≈ s (q − z) for each group of a row, q in 0 … 15, s = (max − min) / 15 and z = −min / s (an integer);
-        without a zero, s = max|w| / 7 and z = 8.
+Law     W ≈ s (q − z) for each group of a row, q in 0 … 15, s = (max − min) / 15 and z = −min / s; without a
+        zero, s = max|w| / 7 and z = 8. z is no integer as a rule: nothing needs 0 to be a level, and a group
+        that lies on one side of it keeps all sixteen.
 Source  Frantar et al. 2022, "GPTQ" (arXiv:2210.17323), §4 (the round-to-nearest baseline with groups).
 Pays    an eighth of fp32's bytes (4.25 bits a weight with groups of 128 and a zero), where reading weights is
         the time. Needs no data; awq at the same bits is nearer to the model.
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sparsecc.errors import CalibrationError, unknown
-from sparsecc.methods.common import start
+from sparsecc.methods.common import dynamic, start
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import GROUPS
@@ -39,4 +40,4 @@ def formats(group: int, zero: bool) -> list[str]:
     if group not in GROUPS:
         raise CalibrationError(unknown("group", group, map(str, GROUPS)))
     sizes = [g for g in sorted(GROUPS, reverse=True) if g <= group]
-    return [*(f"int4g{g}{'z' if zero else ''}" for g in sizes), "int8"]
+    return [*(f"int4g{g}{'z' if zero else ''}" for g in sizes), *dynamic(32)]

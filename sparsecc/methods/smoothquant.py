@@ -17,6 +17,7 @@ import torch
 from sparsecc.errors import CalibrationError
 from sparsecc.methods.common import (
     STATIC,
+    dynamic,
     floored,
     gather,
     largest_inputs,
@@ -33,6 +34,7 @@ def smoothquant(
     alpha: float = 0.5,
     static: bool = False,
     choose: str = "max",
+    group: int | None = 32,
     skip: Sequence[str] = (),
 ) -> Recipe:
     """Scales for every link, then int8.
@@ -41,13 +43,14 @@ def smoothquant(
         alpha: how much of a channel's range moves into the weights, between 0 and 1.
         static: a fixed step for the activations of each layer, instead of one for each token.
         choose: how static steps are chosen: "max", "percentile" or "mse".
+        group: how many features of a token share a scale that is not static: 128, 64, 32, or None for all.
     Raises:
-        CalibrationError: alpha is not between 0 and 1.
+        CalibrationError: alpha is not between 0 and 1, or there are no such groups.
     """
     if not 0 <= alpha <= 1:
         raise CalibrationError(f"smoothquant: alpha must be between 0 and 1, not {alpha}.")
-    formats = [STATIC if static else "int8"]
-    options = {"alpha": alpha, "static": static, "choose": choose}
+    formats = [STATIC] if static else dynamic(group)
+    options = {"alpha": alpha, "static": static, "choose": choose, "group": group}
     recipe = start("smoothquant", observations, formats, skip, **options)
     for name, link in observations.movable().items():
         if link.consumers.keys() & recipe.sites.keys():

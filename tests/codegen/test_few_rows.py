@@ -154,7 +154,7 @@ def test_a_spec_is_its_text() -> None:
         ),
         (
             '{"norm": "rms", "eps": 0, "outputs": ["p0"], "formats": ["int5"]}',
-            "weight format 'int5' is none of dense, bf16, int8, int8s, int4g32",
+            "weight format 'int5' is none of dense, bf16, int8, int8s, int8x32",
         ),
     ],
 )

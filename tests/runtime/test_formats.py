@@ -114,27 +114,55 @@ def test_a_zero_stands_for_groups_on_one_side(name: str) -> None:
     assert int(q.max()) == 15
 
 
+@pytest.mark.parametrize("name", [n for n in INT4 if Format.of(n).zero])
+@pytest.mark.parametrize("middle", [-900.0, 0.25, 7e-3])
+def test_a_zero_need_not_be_a_level(name: str, middle: float) -> None:
+    """Groups of one value, and groups far from zero: within half a step and what fp16 makes of the zero."""
+    weight = torch.full((3, 256), middle)
+    weight[1] += torch.rand(256) * 1e-3 * middle
+    weight[2, ::2] += 0.01 * middle
+    tensors = formats.quantize(weight, name)
+    found = formats.dequantize(name, tensors, torch.float64)
+    steps = tensors[1].double().repeat_interleave(Format.of(name).group, -1)
+    assert ((found - weight.double()).abs() <= steps * (0.5 + 0.5)).all()
+    assert found[0].sub(middle).abs().max() <= abs(middle) * 1e-3
+
+
 @pytest.mark.parametrize("name", ROUNDING)
 def test_products_by_integers(name: str) -> None:
     """y Wᵀ from integers that are added as such, for each group."""
     y = torch.randn(3, 256, dtype=torch.float64)
     _, tensors = parts(name)
     form = Format.of(name)
-    scale = y.new_ones(3, 1) if form.static else y.abs().amax(-1, keepdim=True) / 127
     y = y * 100 if form.static else y
-    q = (y / scale).round().clamp(-127, 127).long()
-    if form.kind == "int8":
-        expected = (q @ tensors[0].long().T).double() * scale * tensors[1].double()
-    else:
-        levels = formats.unpack(tensors[0], form.group).long()
-        zero = tensors[2].long() if form.zero else torch.full_like(tensors[1], 8).long()
-        expected = torch.zeros(3, 5, dtype=torch.float64)
-        for g in range(256 // form.group):
-            at = slice(g * form.group, (g + 1) * form.group)
-            sums = q[:, at] @ (levels[:, at] - zero[:, g, None]).T
-            expected += sums.double() * tensors[1][:, g].double()
-        expected = expected * scale
+    expected = torch.zeros(3, 5, dtype=torch.float64)
+    width = form.together or 256
+    for g in range(256 // width):
+        at = slice(g * width, (g + 1) * width)
+        scale = y.new_ones(3, 1) if form.static else y[:, at].abs().amax(-1, keepdim=True) / 127
+        q = (y[:, at] / scale).round().clamp(-127, 127).long()
+        if form.kind == "int8":
+            sums, own = (q @ tensors[0][:, at].long().T).double(), tensors[1].double()
+        else:
+            levels = formats.unpack(tensors[0], form.group)[:, at].long()
+            zero = tensors[2][:, g].double() if form.zero else torch.full((5,), 8.0).double()
+            sums, own = (q @ levels.T).double() - q.sum(-1, keepdim=True) * zero, tensors[1][:, g]
+        expected += sums * scale * own.double()
     torch.testing.assert_close(formats.product(y, name, tensors), expected, rtol=1e-13, atol=1e-13)
+
+
+def test_groups_of_activations_keep_what_an_outlier_takes_from_a_row() -> None:
+    y = torch.randn(4, 256, dtype=torch.float64)
+    y[:, 40] = 3000.0
+    weight = torch.randn(5, 256, dtype=torch.float64)
+    exact, error = y @ weight.T, {}
+    for name in ("int8", "int8x32"):
+        form = Format.of(name)
+        q, scale = formats.quantize_activations(y, form)
+        error[name] = ((q * scale).flatten(-2) @ weight.T - exact).square().sum()
+    assert (
+        error["int8x32"] < error["int8"] / 4
+    )  # an eighth of the features share the outlier's step
 
 
 def test_rows_of_activations() -> None:
@@ -183,7 +211,7 @@ def test_sizes_that_are_no_multiple_of_a_group(name: str) -> None:
 
 
 def test_a_name_that_is_none() -> None:
-    with pytest.raises(ValueError, match="'int4' is none of dense, bf16, int8, int8s, int4g32"):
+    with pytest.raises(ValueError, match="'int4' is none of dense, bf16, int8, int8s, int8x32"):
         formats.quantize(torch.randn(2, 2), "int4")
 
 
