@@ -21,6 +21,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "smoothquant": ("smoothquant", {}),
     "outliertune": ("outliertune", {}),
     "repq": ("repq", {}),
+    "noisyquant": ("noisyquant", {}),
     "int4": ("int4", {}),
     "awq": ("awq", {}),
     "lorc": ("lorc", {}),
