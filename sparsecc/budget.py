@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sparsecc.errors import CalibrationError
-from sparsecc.methods.common import STATIC, fits
+from sparsecc.methods.common import fits
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import Format
@@ -50,6 +50,8 @@ def formats_of(recipe: Recipe, site: str) -> list[str]:
     if own.startswith("int4"):
         finer = own.replace("int4g128", "int4g32").replace("int4g64", "int4g32")
         found += [finer, "int8"]
+    elif own == "fp4w":  # beside fp4, readers of one input would need two steps
+        found.append("int8")
     size = recipe.shapes[site][1]
     return [form for form in dict.fromkeys(found) if fits(form, size)]
 
@@ -123,7 +125,11 @@ def pruned(recipe: Recipe, chosen: Mapping[str, str], links: Mapping[str, Sequen
         scales={name: s for name, s in recipe.scales.items() if name in needed},
         shifts={name: z for name, z in recipe.shifts.items() if name in needed},
         clips={site: clip for site, clip in recipe.clips.items() if site in own},
-        activations={s: step for s, step in recipe.activations.items() if chosen.get(s) == STATIC},
+        activations={
+            site: step
+            for site, step in recipe.activations.items()
+            if site in chosen and Format.of(chosen[site]).static
+        },
         corrections={site: pair for site, pair in recipe.corrections.items() if site in own},
         options=dict(recipe.options),
         about=dict(recipe.about),

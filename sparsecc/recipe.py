@@ -37,7 +37,8 @@ class Recipe:
         shapes: site -> [N, K] of its weight; a model that has another one is not this recipe's.
         scales: link -> s fp32 [channels], positive: producers ÷ s, consumers × s, before anything is rounded.
         shifts: link -> z fp32 [channels]: producers − z, consumers' biases + Wz.
-        clips: site -> the share of its largest magnitude that each group of a row keeps, fp32 [N, groups].
+        clips: site -> the share of its largest magnitude that each group of a row keeps, fp32 [N, groups]; of
+            fp4, the share that the largest code of the row stands for, fp32 [N, 1].
         activations: site -> the step s of its input, one number for the tensor: q = round(y / s).
         corrections: site -> (U [N, r], V [r, K]), fp32: what is added to the rounded weight.
         options: of the method.

@@ -8,9 +8,12 @@ A weight ``[N, K]`` is one or more tensors (:func:`parts`), which stand in a row
 - ``int4g<G>``, G = 32, 64 or 128: packed uint8 ``[N, K/2]`` and scale fp16 ``[N, K/G]``;
   W = scale (q - 8) with q in 0 … 15. Suffix ``z``: also zero fp16 ``[N, K/G]``, and W = scale (q - zero).
   Suffix ``a8``: activations are int8 for each row.
+- ``fp4``, ``fp4w``: packed uint8 ``[N, K/2]``, codes of E2M1 (``minifloat.py``), and scale fp32 ``[N]``, 2^-b
+  of a row's exponent bias b; W = scale number. Activations of ``fp4`` are E2M1 with one bias that is known
+  before: they come divided by 2^-b. No kernel reads these: they are emulated in ATen, with exact sums.
 
 Nibbles: in a group of G weights, byte j holds weight j in its low and weight j + G/2 in its high half, so that
-a vector of bytes becomes two vectors of weights in their own order.
+a vector of bytes becomes two vectors of weights in their own order. Those of E2M1 are packed in pairs (G = 2).
 
 Activations in int8: s = max|y| / 127 over the row, q = y / s rounded to nearest, ties to even; a row of zeros
 stays zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in the same
@@ -19,7 +22,8 @@ of products of integers are exact; one multiplication by the scales follows (for
 
 Sources: symmetric and affine quantization as in Jacob et al. 2018, "Quantization and Training of Neural
 Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); groups as in Frantar et al. 2022,
-"GPTQ" (arXiv:2210.17323); activations for each token as in Yao et al. 2022, "ZeroQuant" (arXiv:2206.01861).
+"GPTQ" (arXiv:2210.17323); activations for each token as in Yao et al. 2022, "ZeroQuant" (arXiv:2206.01861);
+E2M1 with real-valued biases as in Liu et al. 2023, "LLM-FP4" (arXiv:2310.16836).
 """
 
 from __future__ import annotations
@@ -32,6 +36,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecc.runtime.ops.minifloat import E2M1
+
 GROUPS = (32, 64, 128)
 NAMES = (
     "dense",
@@ -40,6 +46,7 @@ NAMES = (
     "int8s",
     *(f"int4g{g}{zero}{act}" for g in GROUPS for zero in ("", "z") for act in ("", "a8")),
 )
+EMULATED = ("fp4", "fp4w")  # without a kernel
 # Sums of this many products of int8 stay within int32.
 MOST_INT8 = 2**17
 
@@ -64,10 +71,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """A format by its parts: ``kind`` is "float", "int8" or "int4".
+    """A format by its parts: ``kind`` is "float", "int8", "int4" or "fp4".
 
     Attributes:
-        rounds_activations: they are int8.
+        group: how many weights of a row stand together, by scale or by packing.
+        rounds_activations: they are int8, or E2M1.
         static: they come divided by their step.
     """
 
@@ -86,8 +94,10 @@ class Format:
         Raises:
             ValueError: there is none.
         """
-        if name not in NAMES:
-            raise ValueError(f"weight format {name!r} is none of {', '.join(NAMES)}")
+        if name not in (*NAMES, *EMULATED):
+            raise ValueError(f"weight format {name!r} is none of {', '.join((*NAMES, *EMULATED))}")
+        if name in EMULATED:
+            return cls(name, "fp4", 2, rounds_activations=name == "fp4", static=name == "fp4")
         if name in ("int8", "int8s"):
             return cls(name, "int8", rounds_activations=True, static=name == "int8s")
         found = re.fullmatch(r"int4g(\d+)(z?)(a8)?", name)
@@ -102,6 +112,8 @@ class Format:
             return (Part("weight", torch.bfloat16 if self.name == "bf16" else None, 1),)
         if self.kind == "int8":
             return (Part("weight", torch.int8, 1), Part("scale", torch.float32, 0))
+        if self.kind == "fp4":
+            return (Part("packed", torch.uint8, 2), Part("scale", torch.float32, 0))
         groups = [Part("scale", torch.float16, self.group)]
         if self.zero:
             groups.append(Part("zero", torch.float16, self.group))
@@ -123,7 +135,7 @@ class Format:
         """
         if size % self.group:
             raise ValueError(f"{self.name}: {size} features are no multiple of {self.group}")
-        if self.rounds_activations and size > MOST_INT8:
+        if self.rounds_activations and self.kind != "fp4" and size > MOST_INT8:
             raise ValueError(
                 f"{self.name}: {size} features are more than {MOST_INT8}: int32 overflows"
             )
@@ -180,16 +192,19 @@ def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
 # ---- quantization --------------------------------------------------------------------------------------
 
 
-def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+def quantize(
+    weight: torch.Tensor, name: str, share: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """The tensors of ``weight`` in a format, each weight rounded to the nearest value that it has.
 
     Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group
-    that is widened to hold 0, and zero = -min / scale, an integer. They are rounded to their dtype before
-    weights are divided by them. A scale that fp16 cannot hold is infinite.
+    that is widened to hold 0, and zero = -min / scale, an integer; fp4 share max|w| / 12 of a row. They are
+    rounded to their dtype before weights are divided by them. A scale that fp16 cannot hold is infinite.
 
     Args:
         weight: ``[N, K]``, of any float dtype.
         name: of the format.
+        share: of fp4: of the largest magnitude, what the largest code stands for, ``[N, 1]``; None for all.
 
     Raises:
         ValueError: the format is unknown, or K is not one of its sizes.
@@ -202,6 +217,12 @@ def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
     if form.kind == "int8":
         q, scale = quantize_rows(w, torch.float32)
         return q.to(torch.int8), scale.squeeze(-1)
+    if form.kind == "fp4":
+        largest = w.abs().amax(-1, keepdim=True) if w.shape[-1] else w.new_zeros((len(w), 1))
+        largest = largest if share is None else largest * share.to(w.dtype)
+        scale = (largest / E2M1.largest).float()
+        codes = E2M1.codes(E2M1.rounded(_divided(w, scale.to(w.dtype))))
+        return pack(codes, form.group), scale.squeeze(-1)
     groups = _grouped(w, form)
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     span = (high - low) / 15 if form.zero else torch.maximum(high, -low) / 7
@@ -226,6 +247,8 @@ def dequantize(name: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -
         return first.to(dtype)
     if form.kind == "int8":
         return first.to(dtype) * tensors[1].to(dtype)[:, None]
+    if form.kind == "fp4":
+        return E2M1.numbers(unpack(first, form.group), dtype) * tensors[1].to(dtype)[:, None]
     return (_centred(form, tensors, dtype) * tensors[1].to(dtype)[..., None]).flatten(-2)
 
 
@@ -264,6 +287,10 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
     check(form, tensors, y.shape[-1])
     if not form.rounds_activations:
         return torch.nn.functional.linear(y, dequantize(name, tensors, y.dtype))
+    if form.kind == "fp4":
+        numbers = E2M1.numbers(unpack(tensors[0], form.group), torch.float64)
+        sums = torch.nn.functional.linear(E2M1.rounded(y).double(), numbers)
+        return sums.to(y.dtype) * tensors[1].to(y.dtype)
     one = y.new_ones((*y.shape[:-1], 1))
     q, scale = (_whole(y), one) if form.static else quantize_rows(y)
     exact = q.double()  # holds sums of products of integers exactly

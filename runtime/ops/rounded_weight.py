@@ -13,13 +13,32 @@ def meaning(weight: torch.Tensor, clip: torch.Tensor | None, form: str, part: in
 
     Args:
         weight: ``[N, K]``, of any float dtype.
-        clip: as of :func:`clipped`; None clips nothing.
+        clip: as of :func:`quantized`; None clips nothing.
 
     Raises:
         ValueError: the format is unknown, K is not one of its sizes, or the groups do not divide K.
     """
-    weight = weight if clip is None else clipped(weight, clip)
-    return formats.quantize(weight, form)[part]
+    return quantized(weight, clip, form)[part]
+
+
+def quantized(
+    weight: torch.Tensor, clip: torch.Tensor | None, form: str
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of ``weight`` in a format.
+
+    Args:
+        weight: ``[N, K]``, of any float dtype.
+        clip: as of :func:`clipped`; of fp4, what the largest code of a row stands for, ``[N, 1]``, which may be
+            more than the largest magnitude. None for all of it.
+
+    Raises:
+        ValueError: the format is unknown, K is not one of its sizes, or the shapes do not fit.
+    """
+    if clip is None or formats.Format.of(form).kind != "fp4":
+        return formats.quantize(weight if clip is None else clipped(weight, clip), form)
+    if tuple(clip.shape) != (weight.shape[0], 1):
+        raise ValueError(f"clip {list(clip.shape)} does not fit the rows of {list(weight.shape)}")
+    return formats.quantize(weight, form, clip)
 
 
 def clipped(weight: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:

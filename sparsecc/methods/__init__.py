@@ -23,6 +23,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "repq": ("repq", {}),
     "noisyquant": ("noisyquant", {}),
     "int4": ("int4", {}),
+    "llm_fp4": ("llm_fp4", {}),
     "awq": ("awq", {}),
     "lorc": ("lorc", {}),
 }
