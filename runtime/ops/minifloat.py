@@ -42,12 +42,12 @@ class Minifloat:
 
     def numbers(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The numbers of codes; a zero has no sign."""
-        bits = self.exponent + self.fraction
-        exponent = (codes >> self.fraction) & ((1 << self.exponent) - 1)
-        fraction = codes & ((1 << self.fraction) - 1)
-        whole = (fraction | ((exponent > 0) << self.fraction)).to(torch.int32)
-        size = whole << (exponent.to(torch.int32) - 1).clamp(min=0)
-        signed = torch.where((codes >> bits) > 0, -size, size)
+        code = codes.to(torch.int32)
+        exponent = (code >> self.fraction) & ((1 << self.exponent) - 1)
+        fraction = code & ((1 << self.fraction) - 1)
+        whole = torch.where(exponent > 0, fraction | (1 << self.fraction), fraction)
+        size = whole << (exponent - 1).clamp(min=0)
+        signed = torch.where(code >> (self.exponent + self.fraction) > 0, -size, size)
         return signed.to(dtype) * 2.0 ** (1 - self.fraction)
 
     def _steps(self, y: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sparsecc.runtime.ops import formats
 from sparsecc.runtime.ops.few_rows import Spec, meaning
@@ -114,6 +115,18 @@ def test_products_are_of_rounded_activations() -> None:
     bias = torch.randn(6, generator=generator)
     (result,) = meaning(y, tensors, [bias], spec.text())
     torch.testing.assert_close(result.double(), seen @ kept.T + bias.double(), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", formats.EMULATED)
+def test_the_emulation_can_be_traced(name: str) -> None:
+    """Meta kernels are stricter than eager ones, of shifts above all."""
+    y, weight = torch.randn(3, 32), torch.randn(6, 32)
+
+    def product(y: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return formats.product(y, name, formats.quantize(weight, name))
+
+    traced = make_fx(product, tracing_mode="fake")(y, weight)
+    assert torch.equal(traced(y, weight), product(y, weight))
 
 
 def test_what_does_not_fit() -> None:
