@@ -34,7 +34,6 @@ from sparsecc.methods.common import (
 )
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
-from sparsecc.runtime.ops.formats import dequantize, quantize
 from sparsecc.runtime.ops.minifloat import E2M1
 
 CANDIDATES = 100
@@ -103,6 +102,7 @@ class _Reader:
         x: [rows, K] fp32, behind scales.
         weight: [N, K] fp32, likewise.
         exact: x Wᵀ.
+        largest: of every row, [N, 1]; above 0.
         share: what the largest code of a row stands for, of the row's largest magnitude, [N, 1].
     """
 
@@ -110,10 +110,13 @@ class _Reader:
     x: torch.Tensor
     weight: torch.Tensor
     exact: torch.Tensor
+    largest: torch.Tensor
     share: torch.Tensor
 
     def kept(self, share: torch.Tensor) -> torch.Tensor:
-        return dequantize("fp4w", quantize(self.weight, "fp4w", share), torch.float32)
+        """What the format keeps of the weight, without packing it."""
+        scale = self.largest * share / E2M1.largest
+        return E2M1.rounded(self.weight / scale) * scale
 
 
 class _Search:
@@ -129,8 +132,10 @@ class _Search:
             largest = max(largest, float((statistics.largest / scale).max()))
             x = (statistics.sample.double() / scale).float()
             weight = migrated(observations, recipe, site).float()
-            share = torch.ones(len(weight), 1)
-            self.readers.append(_Reader(site, x, weight, x @ weight.T, share))
+            rows = weight.abs().amax(1, keepdim=True)
+            rows = torch.where(rows > 0, rows, 1.0)
+            share = torch.ones_like(rows)
+            self.readers.append(_Reader(site, x, weight, x @ weight.T, rows, share))
         self.step = self.whole = largest / E2M1.largest if largest > 0 else 1.0
 
     def run(self, rounds: int) -> None:
@@ -139,8 +144,9 @@ class _Search:
             before = self.step, [reader.share for reader in self.readers]
             for reader in self.readers:
                 reader.share = self._best_share(reader)
-            if self.rounds_activations:
-                self.step = self._best_step()
+            if not self.rounds_activations:
+                break  # weights are rounded for the same input in every turn
+            self.step = self._best_step()
             same = all(
                 torch.equal(r.share, s) for r, s in zip(self.readers, before[1], strict=True)
             )
@@ -157,8 +163,8 @@ class _Search:
 
     def _best_share(self, reader: _Reader) -> torch.Tensor:
         """Of every row the candidate with the least error of its output."""
-        largest = floored(reader.weight.abs().amax(1, keepdim=True).double())
-        shares = torch.exp2(-offsets(math.log2(E2M1.largest) - largest.log2())).float()
+        biases = math.log2(E2M1.largest) - reader.largest.double().log2()
+        shares = torch.exp2(-offsets(biases)).float()
         seen = self._seen(reader.x, self.step)
         best, least = reader.share, torch.full_like(reader.share, torch.inf)
         for share in shares:
