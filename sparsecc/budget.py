@@ -131,6 +131,7 @@ def pruned(recipe: Recipe, chosen: Mapping[str, str], links: Mapping[str, Sequen
             if site in chosen and Format.of(chosen[site]).static
         },
         corrections={site: pair for site, pair in recipe.corrections.items() if site in own},
+        attention=dict(recipe.attention),
         options=dict(recipe.options),
         about=dict(recipe.about),
         versions=dict(recipe.versions),

@@ -41,6 +41,8 @@ class Recipe:
             fp4, the share that the largest code of the row stands for, fp32 [N, 1].
         activations: site -> the step s of its input, one number for the tensor: q = round(y / s).
         corrections: site -> (U [N, r], V [r, K]), fp32: what is added to the rounded weight.
+        attention: how attention probabilities are rounded, all alike: {"law": "log-sqrt2", "bits": 4}
+            (:mod:`sparsecc.runtime.ops.rounded_attention`); empty for not at all.
         options: of the method.
         budget: what was asked for, such as {"metric": "perplexity", "increase": 0.02}; empty without.
         tried: one entry for each candidate that was measured, in order.
@@ -56,6 +58,7 @@ class Recipe:
     clips: dict[str, torch.Tensor] = field(default_factory=dict)
     activations: dict[str, float] = field(default_factory=dict)
     corrections: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
