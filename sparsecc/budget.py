@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sparsecc.errors import CalibrationError
-from sparsecc.methods.common import STATIC, dynamic, fits
+from sparsecc.methods.common import dynamic, fits
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import Format
@@ -49,8 +49,14 @@ def formats_of(recipe: Recipe, site: str) -> list[str]:
     found = [own]
     if own.startswith("int4"):
         finer = own.replace("int4g128", "int4g32").replace("int4g64", "int4g32")
-        found += [finer, next(form for form in dynamic(32) if fits(form, recipe.shapes[site][1]))]
-    return [form for form in dict.fromkeys(found) if fits(form, recipe.shapes[site][1])]
+        found += [finer, *dynamic(32)]
+    elif own == "fp4w":  # beside fp4, readers of one input would need two steps
+        found += dynamic(32)
+    size = recipe.shapes[site][1]
+    found = [form for form in dict.fromkeys(found) if fits(form, size)]
+    if found[-2:] == ["int8x32", "int8"]:  # of as many bytes: the better one
+        found.pop()
+    return found
 
 
 def cost_of(
@@ -122,9 +128,14 @@ def pruned(recipe: Recipe, chosen: Mapping[str, str], links: Mapping[str, Sequen
         scales={name: s for name, s in recipe.scales.items() if name in needed},
         shifts={name: z for name, z in recipe.shifts.items() if name in needed},
         clips={site: clip for site, clip in recipe.clips.items() if site in own},
-        activations={s: step for s, step in recipe.activations.items() if chosen.get(s) == STATIC},
+        activations={
+            site: step
+            for site, step in recipe.activations.items()
+            if site in chosen and Format.of(chosen[site]).static
+        },
         corrections={site: pair for site, pair in recipe.corrections.items() if site in own},
         grids={site: grid for site, grid in recipe.grids.items() if site in own},
+        attention=dict(recipe.attention),
         options=dict(recipe.options),
         about=dict(recipe.about),
         versions=dict(recipe.versions),

@@ -39,12 +39,15 @@ class Recipe:
         shapes: site -> [N, K] of its weight; a model that has another one is not this recipe's.
         scales: link -> s fp32 [channels], positive: producers ÷ s, consumers × s, before anything is rounded.
         shifts: link -> z fp32 [channels]: producers − z, consumers' biases + Wz.
-        clips: site -> the share of its largest magnitude that each group of a row keeps, fp32 [N, groups].
+        clips: site -> the share of its largest magnitude that each group of a row keeps, fp32 [N, groups]; of
+            fp4, the share that the largest code of the row stands for, fp32 [N, 1].
         activations: site -> the step s of its input, one number for the tensor: q = round(y / s).
         corrections: site -> (U [N, r], V [r, K]), fp32: what is added to the rounded weight.
         grids: site -> (scale [N, groups], zero [N, groups] or None) on which its weight is rounded, where they
             are known before, as a checkpoint's; one group is a row of int8. The site's parameter itself is
             rounded: no pass folds anything into it.
+        attention: how attention probabilities are rounded, all alike: {"law": "log-sqrt2", "bits": 4}
+            (:mod:`sparsecc.runtime.ops.rounded_attention`); empty for not at all.
         options: of the method.
         budget: what was asked for, such as {"metric": "perplexity", "increase": 0.02}; empty without.
         tried: one entry for each candidate that was measured, in order.
@@ -61,6 +64,7 @@ class Recipe:
     activations: dict[str, float] = field(default_factory=dict)
     corrections: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
+    attention: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)

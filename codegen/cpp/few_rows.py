@@ -395,8 +395,11 @@ def load(
         flags: of the compiler. The kernel that was loaded last for ``spec`` and ``dtype`` is the one that runs.
 
     Raises:
-        BuildError: it cannot be built here, or there is no kernel for ``dtype``.
+        BuildError: it cannot be built here, or there is no kernel for ``dtype`` or for a format.
     """
+    emulated = [form.name for form in spec.kept if form.kind == "fp4"]
+    if emulated:
+        raise BuildError(f"few_rows: {', '.join(emulated)}: emulated in ATen, no kernel reads it")
     if dtype not in DTYPES:
         raise BuildError(f"few_rows: no kernel for {dtype}, but for {', '.join(DTYPES.values())}")
     return operators.load("few_rows", dtype, spec.text(), source(spec, dtype), flags)

@@ -1,17 +1,18 @@
 """Weights of linear layers rounded to integers, as a recipe says, and multiplied by integer kernels.
 
 Law.   x Wᵀ ≈ s_x s_w ⊙ (q_x q_wᵀ) with q_w = round(W / s_w) for each row (int8) or group of a row (int4), and
-       q_x = round(x / s_x): s_x of each row of x (dynamic), or one number that the recipe holds (static).
+       q_x = round(x / s_x): s_x of each row of x (dynamic), or one number that the recipe holds (static). For
+       fp4, round is to the numbers of E2M1 (runtime/ops/minifloat.py) instead of the integers.
 Source Jacob et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
        Inference"; Yao et al. 2022, "ZeroQuant" (each token, each group); Yao et al. 2023, "ZeroQuant-V2", §4
-       (a low-rank correction U V of the rounding error).
+       (a low-rank correction U V of the rounding error); Liu et al. 2023, "LLM-FP4" (E2M1, emulated).
 Legal  in inference, for the sites of a recipe, where K is a multiple of the group. The weight is rounded as the
        passes before left it, in fp64, and again when it changes. A tied weight is rounded as a copy of its own:
        other readers keep the original. Where the recipe gives the grid (a checkpoint's scales and zeros), the
        weight must be the parameter itself, so that the checkpoint's codes come back; other passes leave it.
 Lossy  by the rounding alone: the transforms before are exact (migrate-channels).
 Pays   int8 reads a quarter of the bytes of fp32, int4 an eighth, and sums integers. A static step that no link
-       could move into a weight costs one multiplication of the input.
+       could move into a weight costs one multiplication of the input. fp4 is emulated: it costs time.
 """
 
 from __future__ import annotations

@@ -9,9 +9,12 @@ A weight ``[N, K]`` is one or more tensors (:func:`parts`), which stand in a row
 - ``int4g<G>``: packed uint8 ``[N, K/2]`` and scale fp16 ``[N, K/G]``; W = scale (q - 8) with q in 0 … 15.
   Suffix ``z``: also zero fp16 ``[N, K/G]``, and W = scale (q - zero). Suffix ``a8``: activations are int8 for
   each G features of a row.
+- ``fp4``, ``fp4w``: packed uint8 ``[N, K/2]``, codes of E2M1 (``minifloat.py``), and scale fp32 ``[N]``, 2^-b
+  of a row's exponent bias b; W = scale number. Activations of ``fp4`` are E2M1 with one bias that is known
+  before: they come divided by 2^-b. No kernel reads these: they are emulated in ATen, with exact sums.
 
 Nibbles: in a group of G weights, byte j holds weight j in its low and weight j + G/2 in its high half, so that
-a vector of bytes becomes two vectors of weights in their own order.
+a vector of bytes becomes two vectors of weights in their own order. Those of E2M1 are packed in pairs (G = 2).
 
 Activations in int8: s = max|y| / 127 over the row or the group, q = y / s rounded to nearest, ties to even;
 zeros stay zeros, and a row with a NaN or an infinity becomes NaN. Those of ``int8s`` are q = y rounded in
@@ -21,7 +24,8 @@ are some.
 
 Sources: symmetric and affine quantization as in Jacob et al. 2018, "Quantization and Training of Neural
 Networks for Efficient Integer-Arithmetic-Only Inference" (arXiv:1712.05877); groups as in Frantar et al. 2022,
-"GPTQ" (arXiv:2210.17323); activations for each token as in Yao et al. 2022, "ZeroQuant" (arXiv:2206.01861).
+"GPTQ" (arXiv:2210.17323); activations for each token as in Yao et al. 2022, "ZeroQuant" (arXiv:2206.01861);
+E2M1 with real-valued biases as in Liu et al. 2023, "LLM-FP4" (arXiv:2310.16836).
 """
 
 from __future__ import annotations
@@ -34,6 +38,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sparsecc.runtime.ops.minifloat import E2M1
+
 GROUPS = (32, 64, 128)
 NAMES = (
     "dense",
@@ -43,6 +49,7 @@ NAMES = (
     *(f"int8x{g}" for g in GROUPS),
     *(f"int4g{g}{zero}{act}" for g in GROUPS for zero in ("", "z") for act in ("", "a8")),
 )
+EMULATED = ("fp4", "fp4w")  # without a kernel
 # Sums of this many products of int8 stay within int32.
 MOST_INT8 = 2**17
 
@@ -67,10 +74,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Format:
-    """A format by its parts: ``kind`` is "float", "int8" or "int4".
+    """A format by its parts: ``kind`` is "float", "int8", "int4" or "fp4".
 
     Attributes:
-        rounds_activations: they are int8.
+        group: how many weights of a row stand together, by scale or by packing.
+        rounds_activations: they are int8, or E2M1.
         static: they come divided by their step.
         together: how many features of a row have one scale of activations; 0 for all.
     """
@@ -91,8 +99,10 @@ class Format:
         Raises:
             ValueError: there is none.
         """
-        if name not in NAMES:
-            raise ValueError(f"weight format {name!r} is none of {', '.join(NAMES)}")
+        if name not in (*NAMES, *EMULATED):
+            raise ValueError(f"weight format {name!r} is none of {', '.join((*NAMES, *EMULATED))}")
+        if name in EMULATED:
+            return cls(name, "fp4", 2, rounds_activations=name == "fp4", static=name == "fp4")
         if name in ("int8", "int8s"):
             return cls(name, "int8", rounds_activations=True, static=name == "int8s")
         found = re.fullmatch(r"int8x(\d+)", name)
@@ -111,6 +121,8 @@ class Format:
             return (Part("weight", torch.bfloat16 if self.name == "bf16" else None, 1),)
         if self.kind == "int8":
             return (Part("weight", torch.int8, 1), Part("scale", torch.float32, 0))
+        if self.kind == "fp4":
+            return (Part("packed", torch.uint8, 2), Part("scale", torch.float32, 0))
         groups = [Part("scale", torch.float16, self.group)]
         if self.zero:
             groups.append(Part("zero", torch.float16, self.group))
@@ -137,7 +149,7 @@ class Format:
         """
         if size % self.multiple:
             raise ValueError(f"{self.name}: {size} features are no multiple of {self.multiple}")
-        if self.rounds_activations and size > MOST_INT8:
+        if self.rounds_activations and self.kind != "fp4" and size > MOST_INT8:
             raise ValueError(
                 f"{self.name}: {size} features are more than {MOST_INT8}: int32 overflows"
             )
@@ -194,16 +206,20 @@ def unpack(packed: torch.Tensor, group: int) -> torch.Tensor:
 # ---- quantization --------------------------------------------------------------------------------------
 
 
-def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
+def quantize(
+    weight: torch.Tensor, name: str, share: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """The tensors of ``weight`` in a format, each weight rounded to the nearest value that it has.
 
     Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group,
-    but at least max|w| / 1024 so that fp16 holds the zero, which is -min / scale and no integer as a rule. They
-    are rounded to their dtype before weights are divided by them. A scale that fp16 cannot hold is infinite.
+    but at least max|w| / 1024 so that fp16 holds the zero, which is -min / scale and no integer as a rule; fp4
+    share max|w| / 12 of a row. They are rounded to their dtype before weights are divided by them. A scale that
+    fp16 cannot hold is infinite.
 
     Args:
         weight: ``[N, K]``, of any float dtype.
         name: of the format.
+        share: of fp4: of the largest magnitude, what the largest code stands for, ``[N, 1]``; None for all.
 
     Raises:
         ValueError: the format is unknown, or K is not one of its sizes.
@@ -216,6 +232,12 @@ def quantize(weight: torch.Tensor, name: str) -> tuple[torch.Tensor, ...]:
     if form.kind == "int8":
         q, scale = quantize_rows(w, torch.float32)
         return q.to(torch.int8), scale.squeeze(-1)
+    if form.kind == "fp4":
+        largest = w.abs().amax(-1, keepdim=True) if w.shape[-1] else w.new_zeros((len(w), 1))
+        largest = largest if share is None else largest * share.to(w.dtype)
+        scale = (largest / E2M1.largest).float()
+        codes = E2M1.codes(E2M1.rounded(_divided(w, scale.to(w.dtype))))
+        return pack(codes, form.group), scale.squeeze(-1)
     groups = _grouped(w, form)
     low, high = groups.amin(-1), groups.amax(-1)
     most = torch.maximum(high, -low)
@@ -281,6 +303,8 @@ def dequantize(name: str, tensors: Sequence[torch.Tensor], dtype: torch.dtype) -
         return first.to(dtype)
     if form.kind == "int8":
         return first.to(dtype) * tensors[1].to(dtype)[:, None]
+    if form.kind == "fp4":
+        return E2M1.numbers(unpack(first, form.group), dtype) * tensors[1].to(dtype)[:, None]
     wide = dtype if dtype is torch.float64 else torch.float32  # q - zero may cancel
     centred = _centred(form, tensors, wide) * tensors[1].to(wide)[..., None]
     return centred.flatten(-2).to(dtype)
@@ -337,6 +361,10 @@ def product(y: torch.Tensor, name: str, tensors: Sequence[torch.Tensor]) -> torc
     check(form, tensors, y.shape[-1])
     if not form.rounds_activations:
         return torch.nn.functional.linear(y, dequantize(name, tensors, y.dtype))
+    if form.kind == "fp4":
+        numbers = E2M1.numbers(unpack(tensors[0], form.group), torch.float64)
+        sums = torch.nn.functional.linear(E2M1.rounded(y).double(), numbers)
+        return sums.to(y.dtype) * tensors[1].to(y.dtype)
     q, scale = quantize_activations(y, form)
     whole = form.kind == "int8"  # one scale for all of a row
     if whole:

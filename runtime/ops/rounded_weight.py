@@ -20,16 +20,43 @@ def meaning(
 
     Args:
         weight: ``[N, K]``, of any float dtype.
-        clip: as of :func:`clipped`; None clips nothing.
+        clip: as of :func:`quantized`; None clips nothing.
         scale, zero: a grid that is given (:func:`sparsecc.runtime.ops.formats.quantize_on`).
 
     Raises:
         ValueError: the format is unknown, K is not one of its sizes, or the groups do not divide K.
     """
+    return quantized(weight, clip, form, scale, zero)[part]
+
+
+def quantized(
+    weight: torch.Tensor,
+    clip: torch.Tensor | None,
+    form: str,
+    scale: torch.Tensor | None = None,
+    zero: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """The tensors of ``weight`` in a format.
+
+    Args:
+        weight: ``[N, K]``, of any float dtype.
+        clip: as of :func:`clipped`; of fp4, what the largest code of a row stands for, ``[N, 1]``, which may be
+            more than the largest magnitude. None for all of it.
+        scale, zero: a grid that is given (:func:`sparsecc.runtime.ops.formats.quantize_on`).
+
+    Raises:
+        ValueError: the format is unknown, K is not one of its sizes, or the shapes do not fit.
+    """
+    if clip is not None and formats.Format.of(form).kind == "fp4":
+        if tuple(clip.shape) != (weight.shape[0], 1):
+            raise ValueError(
+                f"clip {list(clip.shape)} does not fit the rows of {list(weight.shape)}"
+            )
+        return formats.quantize(weight, form, clip)
     weight = weight if clip is None else clipped(weight, clip)
     if scale is not None:
-        return formats.quantize_on(weight, form, scale, zero)[part]
-    return formats.quantize(weight, form)[part]
+        return formats.quantize_on(weight, form, scale, zero)
+    return formats.quantize(weight, form)
 
 
 def clipped(weight: torch.Tensor, clip: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "smoothquant": ("smoothquant", {}),
     "outliertune": ("outliertune", {}),
     "repq": ("repq", {}),
+    "noisyquant": ("noisyquant", {}),
     "int4": ("int4", {}),
+    "llm_fp4": ("llm_fp4", {}),
     "awq": ("awq", {}),
     "lorc": ("lorc", {}),
 }

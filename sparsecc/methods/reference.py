@@ -12,7 +12,8 @@ from sparsecc.methods.common import columns, migrated, rounded, rows
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops import formats
-from sparsecc.runtime.ops.rounded_weight import clipped
+from sparsecc.runtime.ops.minifloat import E2M1
+from sparsecc.runtime.ops.rounded_weight import quantized
 
 
 @dataclass
@@ -58,10 +59,12 @@ class RoundedSite:
     def seen(self, y: torch.Tensor) -> torch.Tensor:
         """What rounding leaves of the activations."""
         form = formats.Format.of(self.form)
-        if form.static:
-            return rounded(y, self.step)
         if not form.rounds_activations:
             return y
+        if form.kind == "fp4":
+            return E2M1.rounded(y / self.step) * self.step
+        if form.static:
+            return rounded(y, self.step)
         q, scale = formats.quantize_activations(y, form)
         return (q * scale).flatten(-2)
 
@@ -78,13 +81,8 @@ def rounded_site(
     own = chosen == recipe.sites.get(site)
     weight = migrated(observations, recipe, site)
     clip = recipe.clips.get(site) if own else None
-    weight = weight if clip is None else clipped(weight, clip)
-    grid = recipe.grids.get(site) if own else None
-    tensors = (
-        formats.quantize(weight, chosen)
-        if grid is None
-        else formats.quantize_on(weight, chosen, *grid)
-    )
+    grid = (recipe.grids.get(site) if own else None) or (None, None)
+    tensors = quantized(weight, clip, chosen, *grid)
     kept = formats.dequantize(chosen, tensors, torch.float64)
     scale, shift = columns(observations, recipe, site)
     correction = recipe.corrections.get(site) if own else None

@@ -111,6 +111,8 @@ def test_migrated_weights_and_inputs_are_those_of_the_passes(kind: str) -> None:
         ("smoothquant", {"static": True}),
         ("outliertune", {}),
         ("repq", {}),
+        ("llm_fp4", {}),
+        ("llm_fp4", {"activations": False}),
     ],
 )
 def test_a_compiled_recipe_is_its_simulation(name: str, options: dict[str, Any]) -> None:
