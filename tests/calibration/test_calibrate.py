@@ -198,8 +198,8 @@ def test_time_is_saved_by_a_table() -> None:
     """int8 is slower than nothing at one layer, faster at the others."""
     model, batches = decoder(), token_batches(6)
     names = observe(model, batches[:1]).sites
-    table = {name: {"dense": 2.0, "int8": 1.0} for name in names}
-    table["head.weight"]["int8"] = 3.0
+    table = {name: {"dense": 2.0, "int8x32": 1.0} for name in names}
+    table["head.weight"]["int8x32"] = 3.0
     recipe = sparsecc.calibrate(model, batches, budget=1e-2, target="latency", latency=table)
     assert set(recipe.sites) == set(names) - {"head.weight"}
     assert recipe.tried[-1]["latency"] == 2.0 + len(names) - 1
@@ -219,7 +219,7 @@ def test_large_outputs_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_tied_head_can_be_left_alone() -> None:
     model, batches = decoder(tied=True), token_batches(4)
     recipe = sparsecc.calibrate(model, batches)
-    assert recipe.sites["embed.weight"] == "int8"
+    assert recipe.sites["embed.weight"] == "int8x32"
     assert "embed.weight" not in sparsecc.calibrate(model, batches, skip=["embed.*"]).sites
 
 
@@ -246,7 +246,7 @@ def test_bytes_are_those_of_the_parts() -> None:
     assert nbytes(seen, Recipe(""), site, "int4g128z") == count // 2 + 4 * features
     assert nbytes(seen, Recipe(""), site, "int4g32z") == count // 2 + 4 * features * 4
     assert nbytes(seen, recipe, site, "int4g128z") == count // 2 + 4 * features + 4 * 4 * (64 + 128)
-    assert formats_of(recipe, site) == ["int4g128z", "int4g32z", "int8"]
+    assert formats_of(recipe, site) == ["int4g128z", "int4g32z", "int8x32"]
     assert formats_of(make("w8a8", seen), site) == ["int8s"]
 
 

@@ -145,7 +145,7 @@ def test_rows_of_odd_size_become_int8() -> None:
 def test_a_budget_keeps_steps_of_the_sites_that_stay(seen: Observations) -> None:
     recipe = make("llm_fp4", seen)
     assert formats_of(recipe, UP) == ["fp4"]
-    assert formats_of(make("llm_fp4", seen, activations=False), UP) == ["fp4w", "int8"]
+    assert formats_of(make("llm_fp4", seen, activations=False), UP) == ["fp4w", "int8x32"]
     left = pruned(recipe, {UP: "fp4"}, {n: tuple(x.consumers) for n, x in seen.links.items()})
     assert left.activations == {UP: recipe.activations[UP]}
     assert set(left.clips) == {UP}
