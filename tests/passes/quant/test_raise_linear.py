@@ -204,6 +204,24 @@ def test_convolutions_are_rounded_like_linear_layers(method: str) -> None:
     assert error(result, meant) < loss / 4
 
 
+@pytest.mark.parametrize(
+    "skip", [[], ["0.weight"]]
+)  # a producer that is raised, and one that is not
+def test_scales_move_between_convolutions(skip: list[str]) -> None:
+    layers = (nn.Conv2d(6, 16, 1), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.ReLU(), nn.Conv2d(24, 8, 1))
+    model = randomise(nn.Sequential(*layers)).eval()
+    seen = observe(model, [PHOTOS], progress=False)
+    recipe = make("smoothquant", seen, skip=skip)
+    assert set(recipe.scales) == {"linear-linear: 2.weight", "linear-linear: 4.weight"}
+    with torch.no_grad():
+        result, report = run(model, PHOTOS, recipe=recipe)
+        (meant,), exact = simulate(model, recipe, seen, [PHOTOS]), fp64(model)(PHOTOS.double())
+    assert (report["migrate-channels"].applied, report[ROUND].applied) == (2, 3 - len(skip))
+    loss = error(meant, exact)
+    assert 1e-4 < loss < 0.02
+    assert error(result, meant) < loss / 4
+
+
 def test_observation_sees_the_patches_in_the_order_of_the_weight() -> None:
     model = randomise(Convolutions()).eval()
     other = nn.Conv2d(3, 4, 2, 2).eval()  # of other sizes: they must not be dynamic in the next
