@@ -13,7 +13,7 @@ kept, which leaves a place for shifts. int4 in groups of 128 costs a hundredth o
 of it. Latency: at 500 to 1,600 rows products are bound by arithmetic, of which AVX2 does twice as much in int8:
 1.3x Inductor with freezing in int8, as attention, norms and rounding stay; int4 is slower than fp32, for its
 weights are unpacked for nothing. torchao's dynamic int8 goes by operators and stays behind fp32.
-EfficientNet-Lite0: depthwise convolutions and the memory between layers stay fp32, and rounding is paid at
+EfficientNet-Lite0, in channels last: depthwise convolutions and the memory between layers stay fp32, and rounding is paid at
 each pointwise one: level at best.
 """
 
@@ -41,9 +41,10 @@ from sparsecc.timing import ratio, side_by_side
 
 # What leaves a LayerNorm its place for a shift (docs/calibration.md).
 KEPT = {"disable": ["layernorm-to-rmsnorm", "fold-norm-affine"]}
-# name -> method, its options, options of the backend
+# name -> method, its options, options of the backend; "least": layers with fewer features or channels stay
 METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "int8, dynamic": ("int8", {}, {}),
+    "int8, dynamic, from 80 channels": ("int8", {"least": 80}, {}),
     "W8A8, one step": ("w8a8", {}, {}),
     "W8A8, SmoothQuant": ("smoothquant", {"static": True}, {}),
     "W8A8, OutlierTune": ("outliertune", {}, {}),
@@ -54,7 +55,13 @@ METHODS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "int4, AWQ": ("awq", {}, {}),
     "int4, AWQ and LoRC": ("lorc", {"base": "awq"}, {}),
 }
-TIMED = ("int8, dynamic", "W8A8, SmoothQuant", "int4, AWQ", "int4, AWQ and LoRC")
+TIMED = (
+    "int8, dynamic",
+    "int8, dynamic, from 80 channels",
+    "W8A8, SmoothQuant",
+    "int4, AWQ",
+    "int4, AWQ and LoRC",
+)
 EXACT = ("Inductor", "Inductor, freezing", "sparsecc")  # whose metric is eager's
 ROUNDS = 11
 
@@ -105,8 +112,13 @@ def measure(encoder: Encoder, rounds: int = ROUNDS) -> dict[str, Any]:
         observations = seen.get(str(passes))
         if observations is None:
             observations = seen[str(passes)] = _seen(encoder, forward, passes)
+        least = options.get("least", 0)
+        narrow = [n for n, site in observations.sites.items() if min(site.shape) < least]
+        if least and not narrow:
+            continue
         started = time.perf_counter()
-        recipe = make(method, observations, **options)
+        given = {key: value for key, value in options.items() if key != "least"}
+        recipe = make(method, observations, **given, skip=narrow)
         made = time.perf_counter() - started
         call, report = _with(forward, recipe, passes, "inductor" if name in TIMED else "eager")
         call(*encoder.inputs)
