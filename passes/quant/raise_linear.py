@@ -6,8 +6,9 @@ Source algebra; Chellapilla et al. 2006, "High Performance Convolutional Neural 
 Legal  for the sites of a recipe, where a convolution is neither grouped nor transposed. Observation (no recipe)
        takes only those whose patches do not overlap: kernels of one tap, and kernels as large as their step.
 Exact  in real arithmetic. The result keeps its strides: channels last costs nothing, channels first one copy.
-Pays   nothing by itself: linear layers have integer kernels (quantize-linear). With them, pointwise convolutions
-       pay in channels last and from about 80 channels on. Overlapping patches are copied, kh·kw numbers for each.
+Pays   nothing by itself: linear layers have integer kernels (quantize-linear). With them, pointwise
+       convolutions pay in channels last and from about 80 channels on. Overlapping patches are copied,
+       kh·kw numbers for each.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class RaiseLinear(Pass):
     source: ClassVar[str] = "algebra; Chellapilla et al. 2006, §3"
     exactness: ClassVar[Exactness] = Exactness.EXACT
     pays: ClassVar[str] = (
-        "with quantize-linear: products in any spelling, and pointwise convolutions in channels last from about "
-        "80 channels on"
+        "with quantize-linear: products in any spelling, and pointwise convolutions in channels last "
+        "from about 80 channels on"
     )
     refusals: ClassVar[Mapping[str, str]] = {
         **RECOMPUTED,
