@@ -62,19 +62,19 @@ def minilm_l6() -> Encoder:
     )
 
 
-def vit_s14(count: int = 450) -> Encoder:
+def vit_s14(count: int = 300) -> Encoder:
     """DINOv2 ViT-S/14 (pre-LayerNorm), calibrated on digits that the probe does not see."""
     images = vit_focus.digits(1000)[0]
     train = count * 2 // 3
     return Encoder(
-        "ViT-S/14, 25 x 112 px",
+        "ViT-S/14, 10 x 112 px",
         vit_focus.load_backbone(),
         vit_focus.as_forward,
-        (images[:25],),
-        [(chunk,) for chunk in images[900:].split(25)],
+        (images[:10],),
+        [(chunk,) for chunk in images[900:].split(10)],
         f"linear probe on digits, accuracy of {count - train}",
-        lambda f: vit_focus.probe_accuracy(f, train=train, test=count - train, batch=25),
-        [(images[:25],)],
+        lambda f: vit_focus.probe_accuracy(f, train=train, test=count - train, batch=10),
+        [(images[:10],)],
         pre_norm=True,
     )
 

@@ -60,10 +60,9 @@ TIMED = (
     "int8, dynamic, from 80 channels",
     "W8A8, SmoothQuant",
     "int4, AWQ",
-    "int4, AWQ and LoRC",
 )
 EXACT = ("Inductor", "Inductor, freezing", "sparsecc")  # whose metric is eager's
-ROUNDS = 11
+ROUNDS = 9
 
 
 def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
