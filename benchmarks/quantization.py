@@ -52,14 +52,14 @@ def run(limits: dict[str, float], tokens: int = TOKENS) -> tuple[dict[str, Any],
         "",
         "| | perplexity | | MB | steps multiplied |",
         "|---|---|---|---|---|",
-        f"| fp32 | {dense['perplexity']:.3f} | | {_megabytes(seen, None):.0f} | |",
+        f"| fp32 | {dense['perplexity']:.3f} | | {megabytes(seen, None):.0f} | |",
     ]
     for name, (method, options) in METHODS.items():
         started = time.perf_counter()
         recipe = make(method, seen, **options)
         made = time.perf_counter() - started
         entry = data[name] = _entry(forward, recipe, tokens)
-        entry |= {"seconds_to_make": made, "megabytes": _megabytes(seen, recipe)}
+        entry |= {"seconds_to_make": made, "megabytes": megabytes(seen, recipe)}
         entry["increase"] = entry["perplexity"] / dense["perplexity"] - 1
         left = sum(step != 1.0 for step in recipe.activations.values())
         entry["steps_multiplied"] = left
@@ -83,6 +83,7 @@ def _entry(forward: Callable[..., Any], recipe: Recipe | None, tokens: int) -> d
     return found
 
 
-def _megabytes(seen: Any, recipe: Recipe | None) -> float:
+def megabytes(seen: Any, recipe: Recipe | None) -> float:
+    """What a call reads of the weights of all sites that were seen, in MB."""
     chosen = recipe or Recipe("none")
     return sum(nbytes(seen, chosen, n, chosen.sites.get(n, DENSE)) for n in seen.sites) / 1e6

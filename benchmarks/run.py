@@ -26,6 +26,7 @@ import gemv
 import memory
 import networks
 import quantization
+import quantization_encoders
 import speed
 import torch
 from limits import limits
@@ -43,6 +44,7 @@ SUITES = {
     "few_rows": few_rows.run,
     "gemv": gemv.run,
     "quantization": quantization.run,
+    "quantization_encoders": quantization_encoders.run,
     "gemm": gemm.run,
     "memory": memory.run,
 }

@@ -35,6 +35,7 @@ REWRITES: dict[str, str] = {
     "layernorm-to-rmsnorm": "sparsecc.passes.norm.layernorm_to_rmsnorm:LayerNormToRMSNorm",
     "layernorm-to-crmsnorm": "sparsecc.passes.norm.layernorm_to_crmsnorm:LayerNormToCRMSNorm",
     "balance-channels": "sparsecc.passes.quant.balance_channels:BalanceChannels",
+    "raise-linear": "sparsecc.passes.quant.raise_linear:RaiseLinear",
     "migrate-channels": "sparsecc.passes.quant.migrate_channels:MigrateChannels",
     "quantize-softmax": "sparsecc.passes.quant.quantize_softmax:QuantizeSoftmax",
     "fuse-cached-attention": "sparsecc.passes.kv.fuse_cached_attention:FuseCachedAttention",
@@ -48,7 +49,7 @@ REWRITES: dict[str, str] = {
 FOR_KERNELS = {"fuse-cached-attention": 2**18, "fuse-few-rows": 2**20, "fuse-rows": 2**22}
 
 # They carry out a recipe, and run with one.
-FOR_RECIPES = frozenset({"migrate-channels", "quantize-softmax", "quantize-linear"})
+FOR_RECIPES = frozenset({"raise-linear", "migrate-channels", "quantize-softmax", "quantize-linear"})
 
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
 BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", *FOR_KERNELS, *FOR_RECIPES})

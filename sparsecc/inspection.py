@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import platform
 import types
 from collections import Counter
@@ -112,13 +113,21 @@ def _compile_and_run(
 
 
 def fresh_caller() -> Any:
-    """A function with a code object of its own: Dynamo keeps compiled graphs, and counts them against its
-    limit, per code object, and those of a look must not stay on the user's ``forward``."""
+    """A function with a code object and a name of its own.
+
+    Dynamo keeps compiled graphs, and counts them against its limit, per code object, and those of a look must
+    not stay on the user's ``forward``. Which sizes have changed it remembers by name: sizes of this model would
+    be dynamic where another's differed.
+    """
 
     def call(model: Any, args: Any, kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    return types.FunctionType(call.__code__.replace(), call.__globals__)
+    code = call.__code__.replace(co_name=f"call_{next(_callers)}")
+    return types.FunctionType(code, call.__globals__)
+
+
+_callers = itertools.count()
 
 
 @contextlib.contextmanager

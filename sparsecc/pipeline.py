@@ -21,16 +21,19 @@ def run(
     options: Options,
     report: GraphReport,
     instruments: Sequence[Instrument] = (),
+    last: Sequence[Pass] = (),
 ) -> int:
     """Rewrite ``program`` in place; returns how many rewrites were applied (canonical ones not counted).
 
+    Args:
+        last: passes that run behind those of the options.
     Raises:
         PassError: a pass failed inside, under ``strict`` (otherwise the graph should fall through).
     """
     report.nodes = len(program.graph.nodes)
     report.opaque = dict(program.opaque)
     _stage("captured", program, True, instruments)
-    passes = options.pipeline()
+    passes = [*options.pipeline(), *last]
     if not passes:
         return 0
     recipes = (getattr(rewriting, "recipe", None) for rewriting in passes)

@@ -1,7 +1,8 @@
 """Running a model with someone at every linear layer: what observation and simulation share.
 
 The model runs eagerly, as the default passes leave it: weights are folded, sites have the names that a recipe
-gives them, and no kernel hides the input of a layer.
+gives them, and no kernel hides the input of a layer. Products and convolutions that a recipe could round are
+linear layers here (raise-linear).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from sparsecc.errors import PassError, SparseccError, first_line
 from sparsecc.hoist import hoist
 from sparsecc.inspection import fresh_caller
 from sparsecc.log import log
-from sparsecc.options import Options
+from sparsecc.options import Options, disabled
+from sparsecc.passes import registry
 from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.links import Link
 from sparsecc.passes.analysis.sites import named_links, site_name, sites
@@ -33,6 +35,8 @@ aten = torch.ops.aten
 
 # What is no matter of a model's values, or would change them.
 _OWN = ("lower", "codegen", "recipe", "report", "verify", "dump", "require", "keep_stages")
+
+_RAISE = "raise-linear"  # with a recipe it runs for the recipe's sites
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,9 @@ def _program(
 ) -> Program:
     try:
         program = from_dynamo(gm, example_inputs)
-        pipeline.run(program, options, GraphReport(index))
+        left_out = disabled() or _RAISE in options.disable
+        last = () if left_out else (registry.load(_RAISE)(),)
+        pipeline.run(program, options, GraphReport(index), last=last)
         return program
     except (SparseccError, *_torch.RESTARTS):
         raise
