@@ -38,7 +38,7 @@ from sparsecc.timing import side_by_side
 
 SIZES = ((576, 1536), (1536, 576), (2048, 5632))  # features, size
 ROWS = (32, 128, 512)
-FORMATS = ("int8", "int8s", "int4g64a8", "int4g32")
+FORMATS = ("int8", "int8s", "int8x32", "int8x64", "int4g64a8", "int4g32")
 ROUNDS = 9
 
 
@@ -89,7 +89,7 @@ def _variants(features: int, size: int, m: int) -> dict[str, Callable[[], Any]]:
         x, formats.dequantize("int4g32", packed, torch.float32)
     )
     for name in FORMATS:
-        if size % Format.of(name).group == 0:
+        if size % Format.of(name).multiple == 0:
             spec = Spec("none", 0.0, ("p0",), (name,))
             generator.load(spec)
             tensors = list(formats.quantize(weight, name))

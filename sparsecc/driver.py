@@ -222,9 +222,12 @@ def _lower(
             return module.forward
         if options.lower == "aot_eager":
             return _torch.aot_eager(module, inputs)
+        config = dict(options.inductor)
+        if any(node.target in KINDS for node in module.graph.nodes):
+            # Hundreds of them in a decoded token: Dynamo guards the sizes of inputs, kernels check theirs.
+            config.setdefault("size_asserts", False)
         if packing is not None:
             try:
-                config = dict(options.inductor)
                 compiled = _torch.inductor(module, inputs, mode, config, packing.inner)
                 record.packed = packing.count
                 return compiled
@@ -236,7 +239,7 @@ def _lower(
                 packing.give_up()
                 log.info("graph %d: weights are not packed: %s", record.index, first_line(error))
         try:
-            return _torch.inductor(module, inputs, mode, dict(options.inductor))
+            return _torch.inductor(module, inputs, mode, config)
         except _torch.RESTARTS:
             raise
         except Exception as error:
