@@ -27,7 +27,7 @@ from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import Format
 from sparsecc.timing import ratio, side_by_side
 
-FORMATS = ("int8", "int4g32a8", "int4g128a8")
+FORMATS = ("int8", "int8x32", "int4g32a8", "int4g64a8")
 CALIBRATION = 8  # windows of 512 tokens
 PEERS = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_1": "Q4_1"}
 
@@ -90,7 +90,7 @@ def _variants(model: nn.Module) -> dict[str, tuple[nn.Module, dict[str, Any], bo
         recipe = Recipe(form, sites=dict.fromkeys(names_of(model), form))
         found[form] = (model, {"backend": "sparsecc", "options": {"recipe": recipe}}, False)
     recipe = _smoothed(model)
-    found["int8, SmoothQuant"] = (
+    found["int8x32, SmoothQuant"] = (
         model,
         {"backend": "sparsecc", "options": {"recipe": recipe}},
         False,
