@@ -13,8 +13,8 @@ kept, which leaves a place for shifts. int4 in groups of 128 costs a hundredth o
 of it. Latency: at 500 to 1,600 rows products are bound by arithmetic, of which AVX2 does twice as much in int8:
 1.3x Inductor with freezing in int8, as attention, norms and rounding stay; int4 is slower than fp32, for its
 weights are unpacked for nothing. torchao's dynamic int8 goes by operators and stays behind fp32.
-Groups of 32 halve int8's error and cost a tenth of its time. EfficientNet-Lite0, in channels last: depthwise convolutions and the memory between layers stay fp32, and
-rounding is paid at each pointwise one: level at best.
+Groups of 32 halve int8's error and cost a tenth of its time. EfficientNet-Lite0, in channels last: depthwise
+convolutions and the memory between layers stay fp32, and rounding is paid at each pointwise one: level at best.
 """
 
 from __future__ import annotations

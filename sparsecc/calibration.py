@@ -12,6 +12,7 @@ import torch
 
 from sparsecc.budget import DENSE, Rung, cost_of, formats_of, nbytes, path, pruned
 from sparsecc.errors import CalibrationError, unknown
+from sparsecc.latency import measured
 from sparsecc.log import log
 from sparsecc.methods import make
 from sparsecc.methods.reference import errors_of
@@ -36,6 +37,7 @@ def calibrate(
     held_back: float = 0.2,
     target: str = "bytes",
     latency: Mapping[str, Mapping[str, float]] | None = None,
+    rows: int = 1,
     skip: Sequence[str] = (),
     require: bool = False,
     options: Mapping[str, Any] | None = None,
@@ -55,8 +57,9 @@ def calibrate(
         metric: "kl" (of the logits, for each position), "rmse" (relative), "agreement" (share of positions with
             another top-1), "perplexity" (relative increase; of the batch's ``labels``, or of the next tokens).
         held_back: the share of the batches that measures; the last ones.
-        target: what to save: "bytes" of weights that a call reads, or "latency" by a table.
-        latency: site -> format ("dense" as it is) -> seconds.
+        target: what to save: "bytes" of weights that a call reads, or "latency".
+        latency: site -> format ("dense" as it is) -> seconds; None to measure them on this machine's CPU.
+        rows: of the input of a layer, where latency is measured: 1 where one token is decoded at a time.
         skip: patterns of sites to leave alone, of all methods. A tied head is rounded as a copy of its own.
         require: raise where no layer can be quantized within the budget, instead of returning an empty recipe.
         options: of the backend: passes left out there must be left out here.
@@ -74,6 +77,8 @@ def calibrate(
         return recipe
     first, held = _split(list(batches), held_back)
     seen = observe(model, first, options, progress=progress)
+    if target == "latency" and latency is None:
+        latency = measured(seen, rows)
     with simulated(model, seen, options) as simulation:
         judge = _Judge(simulation, METRICS[metric], held, progress)
         searches: list[_Search] = []
@@ -107,8 +112,8 @@ def _checked(
         raise CalibrationError(f"held_back is a share between 0 and 1, not {held_back}.")
     if target not in TARGETS:
         raise CalibrationError(unknown("target", target, TARGETS))
-    if (target == "latency") != (latency is not None):
-        raise CalibrationError("target 'latency' and a table of latencies go together.")
+    if target != "latency" and latency is not None:
+        raise CalibrationError("a table of latencies needs target='latency'.")
     return chosen
 
 

@@ -72,6 +72,7 @@ def observe(
         "parameters": sum(p.numel() for p in model.parameters())
         if isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
         else 0,
+        "tied": _tied(model),
         "versions": {k: v for k, v in versions().items() if k in ("sparsecc", "torch")},
     }
     if resume is not None:
@@ -145,6 +146,21 @@ class _Observer:
             statistics.update(x)
         except ValueError as error:
             raise CalibrationError(f"the input of {at.group} holds {error}.") from error
+
+
+def _tied(model: Any) -> dict[str, list[str]]:
+    """Each name of a parameter that has several -> the others."""
+    if not isinstance(model, torch.nn.Module):
+        return {}
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {
+        name: [other for other in tied if other != name]
+        for tied in names.values()
+        if len(tied) > 1
+        for name in tied
+    }
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:

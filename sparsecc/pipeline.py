@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
 
 from sparsecc.errors import PassError, RecipeError, RequirementError, first_line
 from sparsecc.instruments import Instrument
 from sparsecc.log import log
 from sparsecc.options import Options, disabled
 from sparsecc.passes import registry
+from sparsecc.passes.analysis.sites import sites
 from sparsecc.passes.base import Analyses, Context, Match, Pass, Refusal
 from sparsecc.program import Program, source_line
 from sparsecc.recipe import Recipe
@@ -36,6 +39,7 @@ def run(
     passes = [*options.pipeline(), *last]
     if not passes:
         return 0
+    passes = [_under_names_of(program, rewriting) for rewriting in passes]
     recipes = (getattr(rewriting, "recipe", None) for rewriting in passes)
     program.given = frozenset().union(*(r.given() for r in recipes if isinstance(r, Recipe)))
     canonical = [registry.load(name)() for name in registry.CANONICAL]
@@ -46,7 +50,37 @@ def run(
         count = _run_pass(rewriting, program, options, report, instruments)
         applied += count
         _stage(rewriting.name, program, count > 0, instruments)
+    _say_if_unnamed(program, passes, report)
     return applied
+
+
+def _say_if_unnamed(program: Program, passes: Sequence[Pass], report: GraphReport) -> None:
+    """Warn where a recipe has nothing to say of any layer."""
+    for rewriting in passes:
+        recipe = getattr(rewriting, "recipe", None)
+        if rewriting.name != "quantize-linear" or report.passes[rewriting.name].matches:
+            continue
+        found = Analyses(program).get(sites)
+        if found and isinstance(recipe, Recipe) and recipe.sites:
+            log.warning(
+                "the recipe (%r) names none of this graph's %d linear layers: %s here, %s there. Another "
+                "model, or a part behind a graph break, whose names begin at that part.",
+                recipe.method,
+                len(found),
+                found[0].name,
+                next(iter(recipe.sites)),
+            )
+
+
+def _under_names_of(program: Program, rewriting: Pass) -> Pass:
+    """The pass with its recipe, if it has one, by the names of this program."""
+    recipe = getattr(rewriting, "recipe", None)
+    if not isinstance(recipe, Recipe):
+        return rewriting
+    found: Any = rewriting
+    return cast(
+        "Pass", replace(found, recipe=recipe.under({s.fqn for s in program.slots.values()}))
+    )
 
 
 def _run_pass(

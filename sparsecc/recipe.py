@@ -8,11 +8,12 @@ This is ground floor: passes take what they need from a recipe, and calibration 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ class Recipe:
         options: of the method.
         budget: what was asked for, such as {"metric": "perplexity", "increase": 0.02}; empty without.
         tried: one entry for each candidate that was measured, in order.
-        about: of the model and the data: parameters, rows seen, a fingerprint.
+        about: of the model and the data: parameters, rows seen, a fingerprint, other names of tied weights.
         versions: of sparsecc and torch.
     """
 
@@ -145,6 +146,31 @@ class Recipe:
             for link in {**self.scales, **self.shifts}
             if site in link.partition(": ")[2].split(", ")
         }
+
+    def under(self, names: Collection[str]) -> Recipe:
+        """This recipe by the names of one graph: capture and export call a tied weight by different ones.
+
+        Args:
+            names: of the graph's parameters; the other names of a tied one are in ``about["tied"]``.
+        """
+        other = {
+            known: [name for name in (known, *tied) if name in names] or [known]
+            for known, tied in self.about.get("tied", {}).items()
+            if known in self.sites
+        }
+        if all(here == [known] for known, here in other.items()):
+            return self
+
+        def renamed(key: str) -> list[str]:  # an exported program may have a weight under both
+            kind, colon, sites = key.rpartition(": ")
+            ways = itertools.product(*(other.get(site, [site]) for site in sites.split(", ")))
+            return [kind + colon + ", ".join(sorted(way)) for way in ways]
+
+        changed: dict[str, Any] = {
+            name: {new: value for key, value in getattr(self, name).items() for new in renamed(key)}
+            for name in ("sites", "shapes", "activations", *_TENSORS)
+        }
+        return replace(self, **changed)
 
     def check(self, shapes: Mapping[str, Any]) -> None:
         """Compare ``shapes`` (site -> shape of its weight, of a graph's sites) with this recipe's.

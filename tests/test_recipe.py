@@ -201,3 +201,55 @@ def test_options_name_the_recipe_in_reports() -> None:
 def test_unknown_options_are_still_found() -> None:
     with pytest.raises(OptionsError, match="Did you mean 'recipe'"):
         Options.parse({"recipes": full()})
+
+
+# ---- names -----------------------------------------------------------------------------------------------
+
+
+class Tied(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(20, 32)
+        self.norm = torch.nn.RMSNorm(32)
+        self.head = torch.nn.Linear(32, 20, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.norm(self.embed(tokens)))
+
+
+@pytest.mark.parametrize("method", ["int8", "smoothquant"])
+@pytest.mark.parametrize("name", ["embed.weight", "head.weight"])
+def test_a_tied_weight_is_found_by_each_of_its_names(name: str, method: str) -> None:
+    model = randomise(Tied()).eval()
+    tokens = torch.randint(0, 20, (2, 5))
+    recipe = sparsecc.calibrate(model, [tokens], methods=[method])
+    (known,) = recipe.sites
+    assert set(recipe.about["tied"]) == {"embed.weight", "head.weight"}
+    if name != known:  # as another door would call it
+        for part in (recipe.sites, recipe.shapes):
+            part[name] = part.pop(known)
+    report = sparsecc.Report()
+    with torch.no_grad():
+        compiled = torch.compile(
+            model,
+            backend="sparsecc",
+            options={"recipe": recipe, "report": report, "lower": "eager"},
+        )
+        got = compiled(tokens)
+    assert report["quantize-linear"].applied == 1
+    exported = torch.export.export(model, (tokens,))
+    baked = sparsecc.rewrite(exported, {"recipe": recipe}).module()
+    with torch.no_grad():
+        assert error(baked(tokens), got.double()) < 1e-5
+        assert error(got, model(tokens).double()) > 1e-4  # rounded in both
+
+
+def test_a_recipe_that_names_no_layer_of_a_graph_is_told_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = randomise(Net()).eval()
+    recipe = Recipe("int8", sites={"other.weight": "int8"})
+    run(model, X, recipe=recipe)
+    assert "names none of this graph's" in caplog.text
+    assert "other.weight" in caplog.text

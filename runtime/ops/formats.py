@@ -211,10 +211,11 @@ def quantize(
 ) -> tuple[torch.Tensor, ...]:
     """The tensors of ``weight`` in a format, each weight rounded to the nearest value that it has.
 
-    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group,
-    but at least max|w| / 1024 so that fp16 holds the zero, which is -min / scale and no integer as a rule; fp4
-    share max|w| / 12 of a row. They are rounded to their dtype before weights are divided by them. A scale that
-    fp16 cannot hold is infinite.
+    Scales: int8 max|w| / 127 of a row; int4 max|w| / 7 of a group; with a zero, (max - min) / 15 of a group
+    that is widened to hold 0, and zero = -min / scale, an integer; or the same of the group as it is, with any
+    zero, where that halves the squared error (the scale is at least max|w| / 1024: fp16 then holds the zero).
+    fp4: share max|w| / 12 of a row. They are rounded to their dtype before weights are divided by them. A scale
+    that fp16 cannot hold is infinite.
 
     Args:
         weight: ``[N, K]``, of any float dtype.
@@ -240,15 +241,37 @@ def quantize(
         return pack(codes, form.group), scale.squeeze(-1)
     groups = _grouped(w, form)
     low, high = groups.amin(-1), groups.amax(-1)
-    most = torch.maximum(high, -low)
-    span = torch.maximum((high - low) / 15, most / 1024) if form.zero else most / 7
-    scale = span.half()
-    wide = scale.to(w.dtype)
-    zero = (_divided(-low, wide) if form.zero else torch.full_like(wide, 8)).half()
-    levels = _divided(groups, wide[..., None]) + zero[..., None].to(w.dtype)
-    levels = levels.round().clamp(0, 15)
-    packed = pack(levels.flatten(-2), form.group)
-    return (packed, scale, zero) if form.zero else (packed, scale)
+    if not form.zero:
+        scale = (torch.maximum(high, -low) / 7).half()
+        levels = _levels(groups, scale, torch.full_like(scale, 8))
+        return pack(levels.flatten(-2), form.group), scale
+    # Where 0 is a level, tiny weights stay tiny, which large activations may meet.
+    first = _with_zero(groups, low.clamp(max=0), high.clamp(min=0), whole=True)
+    second = _with_zero(groups, low, high, whole=False)
+    better = _squared(groups, *second) < _squared(groups, *first) / 2
+    scale, zero = (torch.where(better, b, a) for a, b in zip(first, second, strict=True))
+    return pack(_levels(groups, scale, zero).flatten(-2), form.group), scale, zero
+
+
+def _with_zero(
+    groups: torch.Tensor, low: torch.Tensor, high: torch.Tensor, *, whole: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and zero, fp16, of levels from ``low`` to ``high``; ``whole``: the zero is an integer."""
+    scale = torch.maximum((high - low) / 15, torch.maximum(high, -low) / 1024).half()
+    zero = _divided(-low, scale.to(low.dtype))
+    return scale, (zero.round() if whole else zero).half()
+
+
+def _levels(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """0 … 15, as floats."""
+    levels = _divided(groups, scale.to(groups.dtype)[..., None]) + zero.to(groups.dtype)[..., None]
+    return levels.round().clamp(0, 15)
+
+
+def _squared(groups: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> torch.Tensor:
+    """The squared error of each group."""
+    kept = _levels(groups, scale, zero) - zero.to(groups.dtype)[..., None]
+    return (kept * scale.to(groups.dtype)[..., None] - groups).square().sum(-1)
 
 
 def quantize_on(

@@ -45,6 +45,10 @@ Latency = Annotated[
     pathlib.Path | None,
     typer.Option(help="Save time instead of bytes: JSON, layer -> format -> seconds."),
 ]
+Rows = Annotated[
+    int | None,
+    typer.Option(help="Save time, measured here for layers that read so many rows, not bytes."),
+]
 Skip = Annotated[
     list[str] | None,
     typer.Option(metavar="PATTERN", help="Layers to leave alone. Repeatable."),
@@ -67,6 +71,7 @@ def command(
     metric: MetricName = "kl",
     held_back: HeldBack = 0.2,
     latency: Latency = None,
+    rows: Rows = None,
     skip: Skip = None,
     require: Require = False,
     report: Page = None,
@@ -100,8 +105,9 @@ def command(
         budget=budget,
         metric=metric,
         held_back=held_back,
-        target="bytes" if table is None else "latency",
+        target="bytes" if table is None and rows is None else "latency",
         latency=table,
+        rows=1 if rows is None else rows,
         skip=skip or (),
         require=require,
         options=options,

@@ -13,6 +13,7 @@ Pays    int4 weights with float activations: the same bytes as int4, nearer to t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -34,6 +35,7 @@ def awq(
     observations: Observations,
     group: int = 128,
     zero: bool = True,
+    activations: str = "float",
     scale: bool = True,
     clip: bool = True,
     skip: Sequence[str] = (),
@@ -41,11 +43,12 @@ def awq(
     """Scales by search, clips by search, int4.
 
     Args:
-        group, zero: of the format, as for int4.
+        group, zero, activations: of the format, as for int4.
         scale, clip: whether to search for each.
     """
-    options = {"group": group, "zero": zero, "scale": scale, "clip": clip}
-    recipe = start("awq", observations, formats(group, zero), skip, **options)
+    options: dict[str, Any] = {"group": group, "zero": zero, "activations": activations}
+    options |= {"scale": scale, "clip": clip}
+    recipe = start("awq", observations, formats(group, zero, activations), skip, **options)
     for name, link in observations.movable().items() if scale else ():
         found = searched(observations, recipe, link)
         if found is not None:

@@ -81,6 +81,8 @@ def start(
     rows = max((s.rows for s in observations.inputs.values()), default=0)
     parameters = observations.about.get("parameters", 0)
     recipe.about = {"parameters": parameters, "rows": rows, "batches": observations.batches}
+    if observations.about.get("tied"):
+        recipe.about["tied"] = observations.about["tied"]
     return recipe
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import sparsecc
+from sparsecc import latency
 from sparsecc.budget import DENSE, Rung, formats_of, lower_hull, nbytes, path
 from sparsecc.errors import CalibrationError
 from sparsecc.methods import make
@@ -208,6 +209,33 @@ def test_time_is_saved_by_a_table() -> None:
         sparsecc.calibrate(model, batches, budget=1e-2, target="latency", latency=table)
 
 
+def test_time_is_measured_where_no_table_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = decoder(), token_batches(6)
+    asked = []
+
+    def seconds(shape: tuple[int, int], dtype: torch.dtype, rows: int, form: str) -> float:
+        asked.append((shape, dtype, rows, form))
+        return 1.0 if form == "int8x32" else 2.0
+
+    monkeypatch.setattr(latency, "_seconds", seconds)
+    recipe = sparsecc.calibrate(model, batches, budget=1.0, target="latency", rows=3)
+    assert recipe.budget["target"] == "latency"
+    assert recipe.tried[-1]["latency"] == len(recipe.sites)
+    assert len(set(asked)) == len(asked)  # layers of one shape are measured once
+    assert {rows for *_, rows, _ in asked} == {3}
+
+
+def test_what_is_measured() -> None:
+    model, batches = decoder(), token_batches(1)
+    table = latency.measured(observe(model, batches), rows=2)
+    up = table["blocks.0.up.weight"]
+    assert 0 < up["int8x32"] < 1e-3
+    assert 0 < up["dense"] < 1e-3
+    assert table["blocks.0.gate.weight"] is up
+    with pytest.raises(CalibrationError, match="'fp4' cannot be measured here"):
+        up["fp4"]
+
+
 def test_large_outputs_are_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = decoder(), token_batches(6)
     kept = sparsecc.calibrate(model, batches, methods=["int4"], budget=6e-4)
@@ -336,8 +364,8 @@ def test_logits_are_found_in_what_models_return() -> None:
         ({"budget": 1, "metric": "perplexty"}, "Did you mean 'perplexity'"),
         ({"budget": 1, "held_back": 1}, "held_back"),
         ({"budget": 1, "target": "speed"}, "unknown target"),
-        ({"budget": 1, "target": "latency"}, "go together"),
-        ({"budget": 1, "latency": {}}, "go together"),
+        ({"budget": 1, "target": "latency", "rows": 0}, "at least 1, not 0"),
+        ({"budget": 1, "latency": {}}, "needs target='latency'"),
         ({"skip": ["nothing.*"]}, "unknown site"),
         ({"budget": 1, "batches": 1}, "at least two are needed, not 1"),
         ({"batches": 0}, "no batches"),

@@ -141,7 +141,7 @@ def test_facts_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_time_by_a_file(tmp_path: Path) -> None:
     table, output = tmp_path / "t.json", tmp_path / "r.json"
     sites = observe(decoder(), token_batches(1)).sites
-    table.write_text(json.dumps({n: {"dense": 2.0, "int8": 1.0} for n in sites}))
+    table.write_text(json.dumps({n: {"dense": 2.0, "int8x32": 1.0} for n in sites}))
     arguments = ["--data", "calibration.data:ready", "--budget", "1", "--latency", str(table)]
     assert main(["calibrate", MODEL, "-o", str(output), *arguments]) == 0
     assert Recipe.load(output).budget["target"] == "latency"
