@@ -114,8 +114,19 @@ class RaiseLinear(Pass):
         def after(x: Any, W: Any, b: Any) -> Any:
             return (x.permute(0, 2, 3, 1) @ W.transpose(0, 1) + b).permute(0, 3, 1, 2)
 
+        def product(x: Any, W: Any, b: Any) -> Any:
+            return x @ W + b
+
+        def raised(x: Any, W: Any, b: Any) -> Any:
+            rows = W.transpose(0, 1)  # [d, k], as linear has them
+            return x @ rows.transpose(0, 1) + b
+
         shapes = {"x": ("n", "k", "h", "w"), "W": ("d", "k"), "b": ("d",)}
-        return [Example(before, after, shapes, ("W", "b"))]
+        plain = {"x": ("n", "k"), "W": ("k", "d"), "b": ("d",)}
+        return [
+            Example(before, after, shapes, ("W", "b")),
+            Example(product, raised, plain, ("W", "b"), symbolic=True),
+        ]
 
 
 def _unfit(linear: Linear, copies: bool) -> str | None:

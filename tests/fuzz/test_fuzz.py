@@ -168,7 +168,7 @@ NOT_DRAWN = {"fuse-cached-attention", *registry.FOR_RECIPES}
 def test_every_pass_is_applied_and_refused(name: str) -> None:
     tally = _seen(_kind(name).program)
     assert tally.applied[name] >= LEAST
-    codes = registry.load(name).refusals
+    codes = registry.load(name).refusals.keys() - {"given"}  # by recipes, which are not drawn
     missed = {(name, code) for code in codes if not tally.refused[name, code]}
     assert missed <= RARE
 
