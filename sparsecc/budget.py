@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from sparsecc.errors import CalibrationError
-from sparsecc.methods.common import dynamic, fits
+from sparsecc.methods.common import dynamic, first_that_fits, fits
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.formats import Format
@@ -45,18 +45,15 @@ def nbytes(observations: Observations, recipe: Recipe, site: str, form: str) -> 
 
 def formats_of(recipe: Recipe, site: str) -> list[str]:
     """The formats that a site may have beside none: the recipe's own, and what lies between."""
-    own = recipe.sites[site]
-    found = [own]
+    own, size = recipe.sites[site], recipe.shapes[site][1]
+    found: list[str | None] = [own]
     if own.startswith("int4"):
-        finer = own.replace("int4g128", "int4g32").replace("int4g64", "int4g32")
-        found += [finer, *dynamic(32)]
-    elif own == "fp4w":  # beside fp4, readers of one input would need two steps
-        found += dynamic(32)
-    size = recipe.shapes[site][1]
-    found = [form for form in dict.fromkeys(found) if fits(form, size)]
-    if found[-2:] == ["int8x32", "int8"]:  # of as many bytes: the better one
-        found.pop()
-    return found
+        found.append(own.replace("int4g128", "int4g32").replace("int4g64", "int4g32"))
+    if (
+        own.startswith("int4") or own == "fp4w"
+    ):  # beside fp4, readers of one input would need two steps
+        found.append(first_that_fits(dynamic(32), size))
+    return [form for form in dict.fromkeys(found) if form and fits(form, size)]
 
 
 def cost_of(

@@ -48,6 +48,11 @@ def fits(name: str, size: int) -> bool:
     return True
 
 
+def first_that_fits(formats: Sequence[str], size: int) -> str | None:
+    """The first of ``formats`` in which rows of ``size`` weights can be kept."""
+    return next((form for form in formats if fits(form, size)), None)
+
+
 def start(
     method: str,
     observations: Observations,
@@ -74,7 +79,7 @@ def start(
     for name, site in observations.sites.items():
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
             continue
-        form = next((f for f in formats if fits(f, site.shape[1])), None)
+        form = first_that_fits(formats, site.shape[1])
         if form is not None:
             recipe.sites[name], recipe.shapes[name] = form, list(site.shape)
     recipe.versions = {k: v for k, v in versions().items() if k in ("sparsecc", "torch")}
