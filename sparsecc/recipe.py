@@ -21,7 +21,7 @@ import torch
 from sparsecc.errors import RecipeError, first_line
 
 VERSION = 1  # of the file
-_TENSORS = ("scales", "shifts", "clips", "corrections", "grids")
+_TENSORS = ("scales", "shifts", "clips", "corrections", "grids", "thresholds", "neurons")
 
 Grid = tuple[torch.Tensor, torch.Tensor | None]
 
@@ -49,6 +49,11 @@ class Recipe:
             rounded: no pass folds anything into it.
         attention: how attention probabilities are rounded, all alike: {"law": "log-sqrt2", "bits": 4}
             (:mod:`sparsecc.runtime.ops.rounded_attention`); empty for not at all.
+        sparsity: site -> which of its inputs count, and how many did: {"law": "activation", "density": 0.5}.
+            The site is the down projection of a feed-forward network (laws "activation", "hidden", "top",
+            "gaussian", "core", "prune") or any linear layer (law "input").
+        thresholds: site -> fp32 [F] or [1]: magnitudes up to which a neuron (or an input feature) is dead.
+        neurons: site -> int64 [C], ascending: the neurons that are kept.
         options: of the method.
         budget: what was asked for, such as {"metric": "perplexity", "increase": 0.02}; empty without.
         tried: one entry for each candidate that was measured, in order.
@@ -66,6 +71,9 @@ class Recipe:
     corrections: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     grids: dict[str, Grid] = field(default_factory=dict)
     attention: dict[str, Any] = field(default_factory=dict)
+    sparsity: dict[str, dict[str, Any]] = field(default_factory=dict)
+    thresholds: dict[str, torch.Tensor] = field(default_factory=dict)
+    neurons: dict[str, torch.Tensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     budget: dict[str, Any] = field(default_factory=dict)
     tried: list[dict[str, Any]] = field(default_factory=list)
@@ -168,7 +176,7 @@ class Recipe:
 
         changed: dict[str, Any] = {
             name: {new: value for key, value in getattr(self, name).items() for new in renamed(key)}
-            for name in ("sites", "shapes", "activations", *_TENSORS)
+            for name in ("sites", "shapes", "activations", "sparsity", *_TENSORS)
         }
         return replace(self, **changed)
 

@@ -45,8 +45,12 @@ MORE_FUNCTIONS: Mapping[str, Callable[..., Any]] = {
     "maximum": _maximum,
     "minimum": _minimum,
     "clamp": lambda x, low, high: _minimum(_maximum(x, low), high),
+    # x beyond a threshold, else 0: |x| > t (CATS, TEAL) and x >= t (FATReLU); NaN stays.
+    "keep": lambda x, t: torch.where(x.abs() <= t, 0.0, x),
+    "fatrelu": lambda x, t: torch.where(x < t, 0.0, x),
 }
-ARGUMENTS: Mapping[str, int] = {"maximum": 2, "minimum": 2, "clamp": 3}  # of the others: one
+# Of the others: one.
+ARGUMENTS: Mapping[str, int] = {"maximum": 2, "minimum": 2, "clamp": 3, "keep": 2, "fatrelu": 2}
 _BINARY: Mapping[type[ast.operator], tuple[Callable[..., Any], str]] = {
     ast.Add: (operator.add, "+"),
     ast.Sub: (operator.sub, "-"),

@@ -1,0 +1,241 @@
+"""``sparsecc::sparse_ffn``: a feed-forward network that reads the weights of live neurons alone.
+
+A neuron is dead for a row where its activation is exactly zero: it then adds nothing, and neither its row of
+the up projection nor its row of the transposed down projection need be read. Skipping is exact; what makes
+neurons dead (ReLU, a threshold, top-k) is part of the expressions, so that lossy methods differ from the model
+in these alone. Of several rows, the neurons that are live for any are read.
+
+All weights are kept by neuron: gate and up ``[F, K]``, and down transposed, ``[F, N]``, so that a live neuron
+is one contiguous row of each.
+
+Sources: gathered rows as in CATS (Lee et al. 2024, arXiv:2404.08763, alg. 1) and ProSparse (Song et al. 2024,
+arXiv:2402.13516, §4.4); top-k as in Li et al. 2022, "The Lazy Neuron Phenomenon" (arXiv:2210.06313);
+statistical top-k as in You et al. 2025, "Spark Transformer" (arXiv:2506.06644, eq. 6) and in Gemma 3n; input thresholds as
+in TEAL (Liu et al. 2024, arXiv:2408.14690).
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from sparsecc.runtime.ops import expressions, formats
+from sparsecc.runtime.ops.define import define
+from sparsecc.runtime.ops.formats import Format
+
+FUNCTIONS = (
+    "abs",
+    "sqrt",
+    "maximum",
+    "minimum",
+    "keep",
+    "fatrelu",
+)  # beside those of every expression
+
+
+@dataclass(frozen=True)
+class Spec:
+    """y[m] = sum over live i of h[m, i] D[i]; a neuron i is live where a[m, i] is not 0.
+
+    a = after(select(activation(p0, v…))), h = hidden(a, p1, v…), with p0 = x Gᵀ and p1 = x Uᵀ.
+
+    Attributes:
+        activation: over p0 and v0, v1, … (vectors over neurons, by operand). Without a gate p0 is x itself.
+        hidden: over a, p1 and v…; zero where a is: "a", "a * p1", "a * (p1 + v0)", "keep(a * p1, v0)".
+        gate: whether the first weight is multiplied with x; otherwise x has a value for each neuron.
+        select: over all neurons of a row: none (""), "top <k>": the k largest stay, of equal ones the first,
+            and the others become 0; "gaussian <c>": relu(a - mean(a) - c std(a)), with the population's std.
+        after: over a and v…, behind ``select``.
+        formats: how gate, up and down are kept, of those there are; down without rounding what it reads.
+        label: under which kernels count live neurons; none ("") is not counted.
+    """
+
+    activation: str
+    hidden: str
+    gate: bool = True
+    select: str = ""
+    after: str = "a"
+    formats: tuple[str, ...] = ()
+    label: str = ""
+
+    @functools.cached_property
+    def trees(self) -> tuple[ast.expr, ast.expr, ast.expr]:
+        """Of activation, after and hidden."""
+        first, second, third = (
+            expressions.parse(text, FUNCTIONS)
+            for text in (self.activation, self.after, self.hidden)
+        )
+        return first, second, third
+
+    @property
+    def up(self) -> bool:
+        return "p1" in expressions.names(self.trees[2])
+
+    @functools.cached_property
+    def kept(self) -> tuple[Format, ...]:
+        """The formats of the weights."""
+        return tuple(map(Format.of, self.formats or ("dense",) * (1 + self.gate + self.up)))
+
+    @functools.cached_property
+    def slots(self) -> tuple[slice, ...]:
+        """Where the tensors of each weight stand among all of them."""
+        ends = [0]
+        for form in self.kept:
+            ends.append(ends[-1] + len(form.parts))
+        return tuple(map(slice, ends[:-1], ends[1:]))
+
+    @property
+    def plain(self) -> bool:
+        """Whether every weight is of x's dtype."""
+        return all(form.name == "dense" for form in self.kept)
+
+    @property
+    def vectors(self) -> list[str]:
+        """The operands' names."""
+        found = {n for tree in self.trees for n in expressions.names(tree) if n[0] == "v"}
+        return sorted(found, key=lambda name: int(name[1:]))
+
+    @property
+    def top(self) -> int | None:
+        """How many neurons of a row stay at most; None: any number."""
+        return int(self.select.split()[1]) if self.select.startswith("top ") else None
+
+    @property
+    def gaussian(self) -> float | None:
+        """c of the statistical selection, None for another."""
+        return float(self.select.split()[1]) if self.select.startswith("gaussian ") else None
+
+    def text(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    @functools.cache
+    def of(cls, text: str) -> Spec:
+        """The spec of a text.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            data = json.loads(text)
+            spec = cls(**{**data, "formats": tuple(data["formats"])})
+            count, known = len(spec.kept), len(spec.slots)
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"sparse_ffn: {text!r} is no spec") from error
+        if count != known or count != 1 + spec.gate + spec.up:
+            raise ValueError(f"sparse_ffn: {count} formats for {1 + spec.gate + spec.up} weights")
+        if spec.select and not re.fullmatch(r"top [1-9]\d*|gaussian -?[\d.e+-]+", spec.select):
+            raise ValueError(f"sparse_ffn: {spec.select!r} selects nothing")
+        for tree, values in zip(spec.trees, (("p0",), ("a",), ("a", "p1")), strict=True):
+            for name in expressions.names(tree):
+                if name not in values and not re.fullmatch(r"v\d+", name):
+                    raise ValueError(
+                        f"sparse_ffn: {name!r} has no meaning in {ast.unparse(tree)!r}"
+                    )
+        return spec
+
+
+def selected(spec: Spec, a: torch.Tensor) -> torch.Tensor:
+    """What ``spec.select`` leaves of activations ``[..., F]``.
+
+    A stable sort: of equal activations the first stay, on every device.
+    """
+    if spec.top is not None and spec.top < a.shape[-1]:
+        order = a.argsort(stable=True, dim=-1, descending=True)
+        return a.scatter(-1, order[..., spec.top :], 0.0)
+    if spec.gaussian is not None:
+        wide = a if a.dtype is torch.float64 else a.float()
+        std, mean = torch.std_mean(wide, -1, correction=0, keepdim=True)
+        return torch.relu(a - (mean + std * spec.gaussian).to(a.dtype))
+    return a
+
+
+def hidden(
+    spec: Spec,
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    only: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """h ``[..., F]`` in x's dtype: what the down projection reads."""
+    values = {f"v{i}": operand.to(x.dtype) for i, operand in enumerate(operands)}
+    slots = iter(zip(spec.kept, spec.slots, strict=True))
+
+    def product() -> torch.Tensor:
+        form, slot = next(slots)
+        if form.name == "dense":
+            return torch.nn.functional.linear(x, weights[slot.start])
+        return formats.product(x, form.name, weights[slot])
+
+    first, after, last = spec.trees
+    a = expressions.evaluate(first, values | {"p0": product() if spec.gate else x})
+    a = expressions.evaluate(after, values | {"a": selected(spec, a)})
+    if only is not None:
+        live = torch.zeros(a.shape[-1], dtype=torch.bool, device=a.device).index_fill(0, only, True)
+        a = torch.where(live, a, 0.0)
+    named = values | {"a": a}
+    result: torch.Tensor = expressions.evaluate(
+        last, named | {"p1": product()} if spec.up else named
+    )
+    return result
+
+
+def meaning(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    only: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    """The operator in ATen: every neuron is read, and dead ones add zero.
+
+    Where all weights are dense, it computes in x's dtype, operation by operation. Otherwise it computes in fp32
+    (fp64 where x is), and rounds once at the end. A kernel that skips differs where a weight or an activation
+    of a dead neuron is infinite or NaN: 0 · ∞ is NaN here, and is not computed there.
+
+    Args:
+        x: ``[..., K]`` of a float dtype; without a gate ``[..., F]``.
+        weights: the tensors of gate and up ``[F, K]`` and down ``[F, N]``, as the formats have them, in a row.
+        operands: ``[F]`` each, of x's dtype.
+        only: int64 ``[C]``, ascending: the neurons that may be live; None for all. Not beside ``select``.
+        kernel: the text of a :class:`Spec`.
+
+    Returns:
+        ``[..., N]``, of x's dtype.
+
+    Raises:
+        ValueError: the text is no spec, the tensors of a weight are not of its format, or ``only`` stands
+            beside a selection.
+    """
+    spec = Spec.of(kernel)
+    if only is not None and spec.select:
+        raise ValueError("sparse_ffn: a core beside a selection over all neurons")
+    wide = x.dtype if spec.plain else torch.promote_types(x.dtype, torch.float32)
+    h = hidden(spec, x.to(wide), weights, operands, only)
+    down = formats.dequantize(spec.kept[-1].name, weights[spec.slots[-1]], wide)
+    return (h @ down).to(x.dtype)
+
+
+def _shapes(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    only: torch.Tensor | None,
+    kernel: str,
+) -> torch.Tensor:
+    del operands, only
+    spec = Spec.of(kernel)
+    packed = weights[spec.slots[-1].start]
+    return x.new_empty((*x.shape[:-1], packed.shape[1] * spec.kept[-1].parts[0].per))
+
+
+_SIGNATURE = "(Tensor x, Tensor[] weights, Tensor[] operands, Tensor? only, str kernel) -> Tensor"
+# The second runs by a generated kernel: on CPU ``codegen.cpp.sparse_ffn.load`` must have loaded that of the
+# spec and of x's dtype (float32 or bfloat16); on a GPU ``codegen.triton`` builds it at the first call.
+sparse_ffn, sparse_ffn_native = define("sparse_ffn", _SIGNATURE, meaning, _shapes)
