@@ -10,8 +10,8 @@ is one contiguous row of each.
 
 Sources: gathered rows as in CATS (Lee et al. 2024, arXiv:2404.08763, alg. 1) and ProSparse (Song et al. 2024,
 arXiv:2402.13516, §4.4); top-k as in Li et al. 2022, "The Lazy Neuron Phenomenon" (arXiv:2210.06313);
-statistical top-k as in You et al. 2025, "Spark Transformer" (arXiv:2506.06644, eq. 6) and in Gemma 3n; input thresholds as
-in TEAL (Liu et al. 2024, arXiv:2408.14690).
+statistical top-k as in You et al. 2025, "Spark Transformer" (arXiv:2506.06644, eq. 6) and in Gemma 3n; input
+thresholds as in TEAL (Liu et al. 2024, arXiv:2408.14690).
 """
 
 from __future__ import annotations
