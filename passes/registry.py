@@ -39,6 +39,7 @@ REWRITES: dict[str, str] = {
     "migrate-channels": "sparsecc.passes.quant.migrate_channels:MigrateChannels",
     "quantize-softmax": "sparsecc.passes.quant.quantize_softmax:QuantizeSoftmax",
     "fuse-cached-attention": "sparsecc.passes.kv.fuse_cached_attention:FuseCachedAttention",
+    "skip-zeros": "sparsecc.passes.ffn.skip_zeros:SkipZeros",
     "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
     "quantize-linear": "sparsecc.passes.quant.quantize_linear:QuantizeLinear",
     "fuse-rows": "sparsecc.passes.activation.fuse_rows:FuseRows",  # what those before left
@@ -46,7 +47,12 @@ REWRITES: dict[str, str] = {
 
 # They make regions for generated kernels: with a preset they run where ``codegen`` asks for them. The numbers
 # are the bytes that a region must read where measurement chooses: a smaller one does not earn its compilation.
-FOR_KERNELS = {"fuse-cached-attention": 2**18, "fuse-few-rows": 2**20, "fuse-rows": 2**22}
+FOR_KERNELS = {
+    "fuse-cached-attention": 2**18,
+    "skip-zeros": 2**20,
+    "fuse-few-rows": 2**20,
+    "fuse-rows": 2**22,
+}
 
 # They carry out a recipe, and run with one.
 FOR_RECIPES = frozenset({"raise-linear", "migrate-channels", "quantize-softmax", "quantize-linear"})

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,13 +63,18 @@ def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
         return choice
     try:
         kernels = kind.kernels(args)
+        if not kernels:
+            choice.reason = "too many rows, or a number that is not known"
+            return choice
         if options.codegen == language or kind.must(args):
             name, choice.reason = next(iter(kernels)), f"codegen={options.codegen!r}"
             if language != "cpp":  # which is built by now
-                name = next(_running(kernels, _arguments(args)))
+                name = next(_running(kernels, _arguments(args, kind.prepare)))
         else:
             variants = {"aten": Variant(kind.meaning, "aten"), **kernels}
-            seconds = _remembered(key, variants) or _remember(key, _measure(variants, args))
+            seconds = _remembered(key, variants) or _remember(
+                key, _measure(variants, args, kind.prepare)
+            )
             name, choice.seconds = min(seconds, key=lambda name: seconds[name]), seconds
     except BuildError as error:
         log.warning("no kernel is generated (%s): %s", choice.region, error)
@@ -102,13 +107,15 @@ def _running(variants: Mapping[str, Variant], arguments: Args) -> Iterator[str]:
         raise BuildError(problem)
 
 
-def _measure(variants: Mapping[str, Variant], args: Args) -> dict[str, float]:
+def _measure(
+    variants: Mapping[str, Variant], args: Args, prepare: Callable[..., None]
+) -> dict[str, float]:
     """Seconds of each variant over tensors that no cache holds: the least disturbed of a few rounds.
 
     Raises:
         BuildError: no kernel runs.
     """
-    first = _arguments(args)
+    first = _arguments(args, prepare)
     tensors = _tensors(first)
     size = max(sum(t.nbytes for t in tensors), 1)
     count = min(math.ceil(_cold(tensors[0].device) / size), _MOST_COPIES)
@@ -137,8 +144,9 @@ def _tensors(args: Args) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
-def _arguments(args: Args) -> Args:
+def _arguments(args: Args, prepare: Callable[..., None]) -> Args:
     found: Args = tree_map(_random, args)
+    prepare(*found)
     return found
 
 

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from sparsecc import _torch
 from sparsecc.codegen import cpp, triton
 from sparsecc.errors import BuildError
-from sparsecc.runtime.ops import cached_attention, few_rows, rows
+from sparsecc.runtime.ops import cached_attention, few_rows, rows, sparse_ffn
 
 Call = Callable[..., Any]
 Args = tuple[Any, ...]  # of a call, with fake tensors; the last one is the text of a spec
@@ -46,9 +46,10 @@ class Kind:
         native: the same operator by a generated kernel.
         words: (region, shape) for the report, of a call's arguments.
         kernels: the generated variants by name, for arguments on a device, the one to take unmeasured first;
-            raises BuildError where there are none.
+            none where kernels are not made for such arguments. Raises BuildError where one cannot be built.
         meaning: what stands for Inductor's code in a measurement.
         must: whether a kernel runs wherever there is one, as the meaning is for proofs alone.
+        prepare: changes a measurement's random arguments in place, where these must be of some kind.
     """
 
     native: Any
@@ -56,6 +57,7 @@ class Kind:
     kernels: Callable[[Args], dict[str, Variant]]
     meaning: Call
     must: Callable[[Args], bool] = lambda args: False
+    prepare: Callable[..., None] = lambda *args: None
 
 
 def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
@@ -98,6 +100,32 @@ def _few_rows_kernels(args: Args) -> dict[str, Variant]:
         raise BuildError(why)
     launch = triton.launch
     return _triton(few_rows.few_rows_native, launch, launch.Problem.of(x, weights, text))
+
+
+# ---- live neurons ----------------------------------------------------------------------------------
+
+
+def _sparse_words(args: Args) -> tuple[str, str]:
+    x, weights, _, only, text = args
+    spec = sparse_ffn.Spec.of(text)
+    names = [spec.activation, spec.select, spec.after if spec.select else "", spec.hidden]
+    shape = f"{list(x.shape)} x {', '.join(str(list(w.shape)) for w in weights)}"
+    share = "core" if only is not None else f"{spec.density:.0%} live"
+    return " | ".join(filter(None, ["sparse", *names])), f"{shape}, {share}"
+
+
+def _sparse_kernels(args: Args) -> dict[str, Variant]:
+    x, weights, _, _, text = args
+    sizes = x.shape[:-1]
+    if not all(isinstance(s, int) for s in sizes) or not 1 <= sizes.numel() <= sparse_ffn.MOST_ROWS:
+        return {}
+    spec = sparse_ffn.Spec.of(text)
+    if x.device.type == "cpu":
+        return _cpp(sparse_ffn.sparse_ffn_native, lambda: cpp.sparse_ffn.load(spec, x.dtype))
+    if why := triton.build.available():
+        raise BuildError(why)
+    launch = triton.launch_sparse_ffn
+    return _triton(sparse_ffn.sparse_ffn_native, launch, launch.Problem.of(x, weights, text))
 
 
 # ---- attention over a cache ------------------------------------------------------------------------
@@ -180,6 +208,13 @@ KINDS: Mapping[Any, Kind] = {
         _few_rows_kernels,
         few_rows.meaning,
         must=lambda args: not few_rows.Spec.of(args[-1]).plain,
+    ),
+    sparse_ffn.sparse_ffn: Kind(
+        sparse_ffn.sparse_ffn_native,
+        _sparse_words,
+        _sparse_kernels,
+        sparse_ffn.meaning,
+        prepare=sparse_ffn.at_density,
     ),
     cached_attention.cached_attention: Kind(
         cached_attention.cached_attention_native,

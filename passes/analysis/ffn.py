@@ -164,13 +164,13 @@ def _linear(node: Any, maps: dict[fx.Node, Linear]) -> Linear | None:
 
 def _halves_of(a: fx.Node, b: fx.Node) -> fx.Node | None:
     """The node whose last dimension ``a`` and ``b`` halve, in either order."""
-    first, second = _half(a), _half(b)
+    first, second = half_of(a), half_of(b)
     if first is None or second is None or first[0] is not second[0]:
         return None
     return first[0] if {first[1], second[1]} == {0, 1} else None
 
 
-def _half(node: fx.Node) -> tuple[fx.Node, int] | None:
+def half_of(node: fx.Node) -> tuple[fx.Node, int] | None:
     """``(whole, 0 or 1)`` where ``node`` is a half of ``whole`` on its last dimension."""
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         parts, index = node.args[0], node.args[1]

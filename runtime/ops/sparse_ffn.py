@@ -29,6 +29,7 @@ from sparsecc.runtime.ops import expressions, formats
 from sparsecc.runtime.ops.define import define
 from sparsecc.runtime.ops.formats import Format
 
+MOST_ROWS = 16  # above, some row needs nearly every neuron
 FUNCTIONS = (
     "abs",
     "sqrt",
@@ -53,6 +54,7 @@ class Spec:
             and the others become 0; "gaussian <c>": relu(a - mean(a) - c std(a)), with the population's std.
         after: over a and v…, behind ``select``.
         formats: how gate, up and down are kept, of those there are; down without rounding what it reads.
+        density: the share of neurons that is live, as far as it is known; kernels are measured at it.
         label: under which kernels count live neurons; none ("") is not counted.
     """
 
@@ -62,6 +64,7 @@ class Spec:
     select: str = ""
     after: str = "a"
     formats: tuple[str, ...] = ()
+    density: float = 1.0
     label: str = ""
 
     @functools.cached_property
@@ -220,6 +223,49 @@ def meaning(
     h = hidden(spec, x.to(wide), weights, operands, only)
     down = formats.dequantize(spec.kept[-1].name, weights[spec.slots[-1]], wide)
     return (h @ down).to(x.dtype)
+
+
+def at_density(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    operands: Sequence[torch.Tensor],
+    only: torch.Tensor | None,
+    kernel: str,
+) -> None:
+    """Changes random arguments in place, so that the spec's density of neurons is live for every row.
+
+    Inputs become positive, and the gate's row of a dead neuron negative; its thresholds become infinite. Of a
+    selection, ``select`` itself says how many neurons are live.
+    """
+    del only
+    spec = Spec.of(kernel)
+    neurons = weights[spec.slots[-1].start].shape[0]
+    order = torch.randperm(neurons, generator=torch.Generator().manual_seed(0))
+    live = torch.zeros(neurons, dtype=torch.bool)
+    live[order[: round(spec.density * neurons)]] = True
+    live = live.to(x.device)
+    for operand in operands:
+        operand.fill_(1e-3)
+    calls = (node for tree in spec.trees for node in ast.walk(tree) if isinstance(node, ast.Call))
+    for bound in (call.args[1] for call in calls if len(call.args) == 2):
+        if isinstance(bound, ast.Name) and bound.id[0] == "v":
+            operands[int(bound.id[1:])].masked_fill_(~live, torch.inf)
+    if spec.select:
+        return
+    x.abs_()
+    if not spec.gate:
+        x.mul_(live)
+        return
+    sign = torch.where(live, 1.0, -1.0)
+    first, *parts = weights[spec.slots[0]]
+    if spec.kept[0].kind == "int4":
+        first.fill_(0xFF)  # the largest level
+    else:
+        first.abs_()
+    scaled = parts[0].abs_() if parts else first
+    scaled.mul_((sign if scaled.dim() == 1 else sign[:, None]).to(scaled.dtype))
+    for zero in parts[1:]:
+        zero.zero_()
 
 
 def _shapes(

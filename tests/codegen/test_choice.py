@@ -45,7 +45,7 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.P
 def measured(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
     asked: list[str] = []
 
-    def measure(variants, args) -> dict[str, float]:
+    def measure(variants, args, prepare) -> dict[str, float]:
         asked.append(args[-1])
         return seconds
 

@@ -1,0 +1,433 @@
+"""Feed-forward networks whose hidden value has exact zeros by its making: what is live, as an expression.
+
+plain    down(a(up(x)))          a(p) is zero for some p: relu, relu², FATReLU, relu(p - b), a threshold
+gated    down(a(gate(x)) ⊙ u(up(x))), gate and up apart or the halves of one linear map
+given    down(h), h made somehow, but by such a function last
+Behind a: top-k of a row (values scattered into zeros), or relu(a - mean(a) - c std(a)), which Gemma 3n has.
+"""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from sparsecc.passes.analysis.ffn import half_of, through_reshapes
+from sparsecc.passes.analysis.linear import Linear, linears
+from sparsecc.passes.analysis.sizes import same_shape, same_size
+from sparsecc.passes.analysis.stream import is_number
+from sparsecc.passes.analysis.weights import WeightValues, weight_values
+from sparsecc.passes.base import Analyses
+from sparsecc.program import Program
+
+aten = torch.ops.aten
+
+_UNARY: dict[Any, str] = {
+    aten.relu.default: "relu({})",
+    aten.silu.default: "silu({})",
+    aten.sigmoid.default: "sigmoid({})",
+    aten.tanh.default: "tanh({})",
+    aten.abs.default: "abs({})",
+    aten.square.default: "({0} * {0})",
+    aten.neg.default: "(-{})",
+}
+_BINARY: dict[Any, str] = {
+    aten.add.Tensor: "+",
+    aten.sub.Tensor: "-",
+    aten.mul.Tensor: "*",
+    aten.div.Tensor: "/",
+    aten.add.Scalar: "+",
+    aten.sub.Scalar: "-",
+    aten.mul.Scalar: "*",
+    aten.div.Scalar: "/",
+}
+_ABOVE = {
+    aten.gt.Scalar: ">",
+    aten.ge.Scalar: ">=",
+    aten.gt.Tensor: ">",
+    aten.ge.Tensor: ">=",
+}
+_ODD = frozenset({"relu", "fatrelu", "keep", "silu", "gelu", "gelu_tanh", "tanh", "abs", "sqrt"})
+
+
+@dataclass(frozen=True)
+class Half:
+    """A linear map, or one half (0 or 1) of its features."""
+
+    linear: Linear
+    index: int | None = None
+
+
+@dataclass
+class Live:
+    """One product whose input has zeros.
+
+    Attributes: down: the product. x: what gate and up read, or what ``down`` reads where there is no gate.
+        gate, up: the linear maps, or None. activation, select, after, hidden: of
+        :class:`sparsecc.runtime.ops.sparse_ffn.Spec`, without biases. operands: vectors over neurons. inside:
+        the nodes that the expressions stand for, linear maps among them.
+    """
+
+    down: Linear
+    x: fx.Node
+    gate: Half | None = None
+    up: Half | None = None
+    activation: str = "p0"
+    select: str = ""
+    after: str = "a"
+    hidden: str = "a"
+    operands: list[fx.Node] = field(default_factory=list)
+    inside: list[fx.Node] = field(default_factory=list)
+
+
+def find_live(program: Program, analyses: Analyses) -> list[Live]:
+    """Every linear map but convolutions whose input is made by a function that makes zeros, in graph order."""
+    maps, weights = analyses.get(linears), analyses.get(weight_values)
+    found = []
+    for down in maps.values():
+        if down.is_conv or down.weight.meta["val"].dim() != 2:
+            continue
+        grown = _Growth(program, maps, weights).ffn(down)
+        if grown is not None:
+            found.append(grown)
+    return found
+
+
+def makes_zeros(text: str) -> bool:
+    """Whether it is zero for some range of what it reads: relu, a threshold, or a product with one."""
+    return _zeros(ast.parse(text, mode="eval").body, makes=True)
+
+
+def _zeros(tree: ast.expr, *, makes: bool) -> bool:
+    """Whether zeros are made in ``tree`` and stay zero; without ``makes``: whether zeros of ``a`` stay."""
+    if isinstance(tree, ast.Call):
+        assert isinstance(tree.func, ast.Name)
+        name, first = tree.func.id, tree.args[0]
+        if makes and name in ("relu", "fatrelu", "keep"):
+            return True
+        return name in _ODD and _zeros(first, makes=makes)
+    if isinstance(tree, ast.BinOp):
+        sides = (_zeros(side, makes=makes) for side in (tree.left, tree.right))
+        if isinstance(tree.op, ast.Mult):
+            return any(sides)
+        return next(sides) if isinstance(tree.op, ast.Div) else all(sides)
+    if isinstance(tree, ast.UnaryOp):
+        return _zeros(tree.operand, makes=makes)
+    return not makes and isinstance(tree, ast.Name) and tree.id == "a"
+
+
+class _Growth:
+    """Reads backward from a hidden value; names of linear maps and operands by their order of meeting."""
+
+    def __init__(
+        self, program: Program, maps: dict[fx.Node, Linear], weights: WeightValues
+    ) -> None:
+        self.program, self.maps, self.weights = program, maps, weights
+        self.read: list[Half] = []
+        self.operands: list[fx.Node] = []
+        self.inside: list[fx.Node] = []
+        self.select, self.after = "", "a"
+
+    def ffn(self, down: Linear) -> Live | None:
+        top = through_reshapes(down.x)
+        fused = self._fused(down, top)
+        if fused is not None and self._own(down, fused.inside):
+            return fused
+        # What makes the zeros is read by others too, or not by linear maps alone: down reads what it is given.
+        self.__init__(self.program, self.maps, self.weights)  # type: ignore[misc]
+        text = self.text(top)
+        if text is None:
+            return self._selected(down, top)
+        if not makes_zeros(text):
+            return None
+        return Live(down, down.x)
+
+    def _selected(self, down: Linear, top: fx.Node) -> Live | None:
+        return Live(down, down.x) if self._top(top) or self._gaussian(top) else None
+
+    def _fused(self, down: Linear, top: fx.Node) -> Live | None:
+        """The whole network, where its hidden value is of one linear map or a product of two."""
+        sides: list[Any] = [top]
+        if top.target is aten.mul.Tensor and len(top.args) == 2:
+            first, second = top.args
+            sides = [top, (first, second), (second, first)]
+        for side in sides:
+            self.__init__(self.program, self.maps, self.weights)  # type: ignore[misc]
+            a, other = side if isinstance(side, tuple) else (side, None)
+            text = self.activated(a)
+            if text is None or len(self.read) != 1:
+                continue
+            if not self.select and not makes_zeros(text):
+                continue
+            if self.select and not _zeros(ast.parse(self.after, mode="eval").body, makes=False):
+                continue
+            hidden = "a"
+            if other is not None:
+                right = self.text(other)
+                if right is None or len(self.read) != 2:
+                    continue
+                hidden = f"a * {right}"
+                self.inside.append(top)
+            (x, *others) = {through_reshapes(half.linear.x) for half in self.read}
+            if others or not _same_rows(x, down):
+                continue
+            return Live(
+                down,
+                x,
+                self.read[0],
+                self.read[1] if other is not None else None,
+                text,
+                self.select,
+                self.after,
+                hidden,
+                self.operands,
+                self.inside,
+            )
+        return None
+
+    def _own(self, down: Linear, inside: Iterable[fx.Node]) -> bool:
+        """Whether nothing else reads what is inside."""
+        nodes = set(inside) | self._paths(down)
+        return all(user in nodes or user is down.node for node in nodes for user in node.users)
+
+    def _paths(self, down: Linear) -> set[fx.Node]:
+        """Reshapes on the way from the hidden value to ``down``."""
+        found, node = set(), down.x
+        while node is not through_reshapes(node):
+            found.add(node)
+            node = node.args[0]  # type: ignore[assignment]
+        return found
+
+    # ---- expressions ----
+
+    def activated(self, node: Any) -> str | None:
+        """The text up to a selection, and behind it ``self.after``; without one, all of it."""
+        chain: list[str] = []
+        at = node
+        while isinstance(at, fx.Node):
+            source = self._top(at) or self._gaussian(at)
+            if source is not None:
+                source_node, self.select = source
+                text = self.text(source_node)
+                for template in reversed(chain):
+                    self.after = template.format(self.after)
+                return text
+            template = _unary(at)
+            if template is None or "{0}" in template:
+                break
+            chain.append(template)
+            self.inside.append(at)
+            at = at.args[0]
+        self.inside.clear()
+        return self.text(node)
+
+    def text(self, node: Any) -> str | None:
+        """The expression of ``node`` over p0, p1 and v…, or None."""
+        if is_number(node) and math.isfinite(node):
+            return repr(float(node)) if node >= 0 else f"({float(node)!r})"
+        if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+            return None
+        if node in self.weights:
+            return self._vector(node)
+        product = self._product(node)
+        if product is not None:
+            return product
+        template = _unary(node)
+        if template is not None:
+            inner = self.text(node.args[0])
+            self.inside.append(node)
+            return None if inner is None else template.format(inner)
+        return self._binary(node) or self._threshold(node)
+
+    def _binary(self, node: fx.Node) -> str | None:
+        if node.target not in _BINARY or len(node.args) != 2 or node.kwargs:
+            return None
+        if _compared(node.args[1]):
+            return self._masked(node, node.args[1], node.args[0])
+        if _compared(node.args[0]):
+            return self._masked(node, node.args[0], node.args[1])
+        left, right = self.text(node.args[0]), self.text(node.args[1])
+        self.inside.append(node)
+        if left is None or right is None:
+            return None
+        return f"({left} {_BINARY[node.target]} {right})"
+
+    def _masked(self, node: fx.Node, mask: Any, value: Any) -> str | None:
+        """value * (value > t)."""
+        return self._beyond(node, mask, value) if node.target is aten.mul.Tensor else None
+
+    def _threshold(self, node: fx.Node) -> str | None:
+        """where(value > t, value, 0), and torch.threshold."""
+        if node.target is aten.threshold.default:
+            value, least, other = node.args
+            inner = self.text(value)
+            self.inside.append(node)
+            if inner is None or other != 0 or not is_number(least) or not least >= 0:  # type: ignore[operator]
+                return None
+            return f"relu(keep({inner}, {float(least)!r}))"  # type: ignore[arg-type]
+        if node.target in (aten.where.self, aten.where.ScalarOther):
+            mask, value, other = node.args
+            if _compared(mask) and self._is_zero(other):
+                return self._beyond(node, mask, value)
+        return None
+
+    def _is_zero(self, node: Any) -> bool:
+        if is_number(node):
+            return bool(node == 0)
+        full = (
+            aten.full.default,
+            aten.zeros.default,
+            aten.zeros_like.default,
+            aten.scalar_tensor.default,
+        )
+        if not isinstance(node, fx.Node) or node.target not in full:
+            return False
+        filled = {aten.full.default: 1, aten.scalar_tensor.default: 0}.get(node.target)
+        return filled is None or node.args[filled] == 0
+
+    def _beyond(self, node: fx.Node, mask: fx.Node, value: Any) -> str | None:
+        """The text of ``value`` where it (or its magnitude) is beyond a number, else 0."""
+        compared, bound = mask.args
+        if not is_number(bound) or not isinstance(compared, fx.Node):
+            return None
+        inner = self.text(value)
+        self.inside += [mask, node]
+        if inner is None:
+            return None
+        strict, t = _ABOVE[mask.target] == ">", float(bound)  # type: ignore[arg-type]
+        if compared is value:
+            if strict:
+                return f"relu(keep({inner}, {t!r}))" if t >= 0 else None
+            return f"fatrelu({inner}, {t!r})"
+        if compared.target is aten.abs.default and compared.args[0] is value and strict and t >= 0:
+            self.inside.append(compared)
+            return f"keep({inner}, {t!r})"
+        return None
+
+    def _vector(self, node: fx.Node) -> str | None:
+        if node.meta["val"].dim() != 1:
+            return None
+        if node not in self.operands:
+            self.operands.append(node)
+        return f"v{self.operands.index(node)}"
+
+    def _product(self, node: fx.Node) -> str | None:
+        """p0 or p1, where the value is a linear map or half of one."""
+        at, index = through_reshapes(node), None
+        if at not in self.maps:
+            half = half_of(at)
+            if half is None:
+                return None
+            self.inside.append(at)
+            if at.target is not aten.slice.Tensor:
+                self.inside.append(at.args[0])  # type: ignore[arg-type]
+            at, index = through_reshapes(half[0]), half[1]
+        linear = self.maps.get(at)
+        if linear is None or linear.is_conv or linear.weight.meta["val"].dim() != 2:
+            return None
+        each = Half(linear, index)
+        if each not in self.read:
+            self.read.append(each)
+        self.inside.append(linear.node)
+        while node is not through_reshapes(node):
+            self.inside.append(node)
+            node = node.args[0]  # type: ignore[assignment]
+        return f"p{self.read.index(each)}"
+
+    # ---- selections ----
+
+    def _top(self, node: fx.Node) -> tuple[fx.Node, str] | None:
+        """zeros.scatter(-1, indices, values) of topk(source, k): the source, and the selection."""
+        if node.target is not aten.scatter.src or len(node.args) != 4:
+            return None
+        zeros, dim, indices, values = node.args
+        parts = {getattr(n, "args", (None,))[0] for n in (indices, values)}
+        (chosen, *rest) = parts
+        if rest or not isinstance(chosen, fx.Node) or chosen.target is not aten.topk.default:
+            return None
+        source, k, *more = chosen.args
+        last = {-1, source.meta["val"].dim() - 1}  # type: ignore[union-attr]
+        largest = len(more) < 2 or more[1] is True
+        places = [getattr(n, "args", (0, 0))[1] for n in (indices, values)]
+        if dim not in last or (more and more[0] not in last) or not largest or places != [1, 0]:
+            return None
+        if not isinstance(k, int) or not self._is_zero(zeros):
+            return None
+        self.inside += [node, indices, values, chosen, zeros]  # type: ignore[list-item]
+        return source, f"top {k}"  # type: ignore[return-value]
+
+    def _gaussian(self, node: fx.Node) -> tuple[fx.Node, str] | None:
+        """relu(s - (mean(s) + c std(s))): the source s, and the selection."""
+        if node.target is not aten.relu.default:
+            return None
+        minus: Any = node.args[0]
+        if minus.target is not aten.sub.Tensor or len(minus.args) != 2 or minus.kwargs:
+            return None
+        source, cutoff = minus.args
+        if not isinstance(cutoff, fx.Node) or cutoff.target is not aten.add.Tensor:
+            return None
+        for mean, spread in (cutoff.args, cutoff.args[::-1]):
+            c, std = _times(spread)
+            if c is None or not _over_row(mean, source, (aten.mean.dim,)):
+                continue
+            if _over_row(std, source, (aten.std.correction, aten.std.dim)) and _population(std):
+                self.inside += [node, minus, cutoff, mean, spread, std]
+                return source, f"gaussian {c!r}"
+        return None
+
+
+def _unary(node: fx.Node) -> str | None:
+    """A template of the node's function."""
+    if node.target is aten.gelu.default:
+        kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+        return "gelu_tanh({})" if kind == "tanh" else "gelu({})"
+    if node.target is aten.pow.Tensor_Scalar and node.args[1] == 2:
+        return _UNARY[aten.square.default]
+    return None if node.kwargs else _UNARY.get(node.target)
+
+
+def _compared(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _ABOVE
+
+
+def _same_rows(x: fx.Node, down: Linear) -> bool:
+    """Whether the rows of x are those of ``down``, in one order, however they are shaped."""
+    ours, theirs = x.meta["val"].shape[:-1], down.node.meta["val"].shape[:-1]
+    if same_shape(ours, theirs):
+        return True
+    known = all(isinstance(size, int) for size in (*ours, *theirs))
+    return known and math.prod(ours) == math.prod(theirs)
+
+
+def _times(node: Any) -> tuple[float | None, Any]:
+    """``(c, value)`` of value * c with a number c, also one that is a tensor of the program's constants."""
+    if not isinstance(node, fx.Node) or len(node.args) < 2:
+        return None, None
+    if node.target in (aten.mul.Tensor, aten.mul.Scalar):
+        for value, c in (node.args[:2], node.args[1::-1]):
+            if is_number(c):
+                return float(c), value  # type: ignore[arg-type]
+    return None, None
+
+
+def _over_row(node: Any, source: Any, targets: tuple[Any, ...]) -> bool:
+    """Whether ``node`` reduces the last axis of ``source``, keeping it."""
+    if not isinstance(node, fx.Node) or node.target not in targets or node.args[0] is not source:
+        return False
+    dims: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    dims = [dims] if isinstance(dims, int) else dims
+    rank = source.meta["val"].dim()
+    if not dims or [d % rank for d in dims] != [rank - 1]:
+        return False
+    return same_size(node.meta["val"].dim(), rank)
+
+
+def _population(std: fx.Node) -> bool:
+    if std.target is aten.std.dim:
+        return len(std.args) > 2 and std.args[2] is False
+    return std.kwargs.get("correction") == 0

@@ -1,0 +1,1 @@
+"""Feed-forward networks: what is dead is not read."""

@@ -1,0 +1,249 @@
+"""Feed-forward networks whose activation makes exact zeros read the weights of live neurons alone.
+
+Law.   Σ_i h_i D_i = Σ_{i: h_i ≠ 0} h_i D_i with h_i = a_i(g_i·x) u_i·x: where a_i is 0, neither u_i nor D_i
+       is read.
+Source Mirzadeh et al. 2023, "ReLU Strikes Back" (arXiv:2310.04564), §4; Song et al. 2024, "ProSparse"
+       (arXiv:2402.13516), §4.4; Li et al. 2022, "The Lazy Neuron Phenomenon" (arXiv:2210.06313); the selection
+       of Gemma 3n: You et al. 2025, "Spark Transformer" (arXiv:2506.06644), eq. 6.
+Legal  in inference, in float32 or bfloat16, for 16 known rows at most (with more, some row needs nearly every
+       neuron, and libraries are good at the dense product). The activation is zero for a range of what it
+       reads: ReLU, ReLU², FATReLU, relu(p - b), a threshold on |p|, top-k of a row, relu(p - mean - c std).
+       Where others read the hidden value too, it stays, and the down projection alone skips.
+Exact  in real arithmetic: what is left out is a product with zero (of a finite weight: 0 · ∞ is not computed).
+Pays   by the share of dead neurons: two of three weights of a gated network, one of two of a plain one. Whether
+       the kernel or Inductor's dense code runs is measured, with all neurons live unless `density` says better.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from sparsecc.errors import OptionsError
+from sparsecc.passes.analysis.alias import aliases
+from sparsecc.passes.analysis.live import Live, find_live
+from sparsecc.passes.analysis.regions import modes
+from sparsecc.passes.analysis.sites import site_name
+from sparsecc.passes.analysis.weights import weight_values
+from sparsecc.passes.base import (
+    Context,
+    Exactness,
+    Example,
+    Match,
+    Refusal,
+    RegionPass,
+    Saving,
+)
+from sparsecc.program import Program, WeightBuilder
+from sparsecc.recipe import Recipe
+from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, meaning, sparse_ffn
+
+aten = torch.ops.aten
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class SkipZeros(RegionPass):
+    """Skip the neurons that an activation makes zero.
+
+    Attributes:
+        density: the share of neurons that is known to be live, for the choice of kernels; 1 for unknown.
+        recipe: what it rounds is left to the passes that carry it out.
+    """
+
+    density: float = 1.0
+    recipe: Recipe | None = None
+
+    name: ClassVar[str] = "skip-zeros"
+    family: ClassVar[str] = "ffn"
+    law: ClassVar[str] = "Σ_i h_i D_i = Σ_{i: h_i ≠ 0} h_i D_i"
+    source: ClassVar[str] = (
+        "Mirzadeh et al. 2023, ReLU Strikes Back, §4; Song et al. 2024, ProSparse"
+    )
+    exactness: ClassVar[Exactness] = Exactness.EXACT
+    pays: ClassVar[str] = "decoding of ReLU networks: the weights of dead neurons are not read"
+    refusals: ClassVar[Mapping[str, str]] = {
+        "training": "gradients flow, and the operator has no backward",
+        "rows": f"more than {MOST_ROWS} rows, or a number that is not known",
+        "dtype": "input, weights and biases are not all float32 or all bfloat16",
+        "rounded": "the recipe rounds its weights, or says itself what is dead",
+        "written": "something that the operator reads is written in place",
+        "region": "an autocast or grad-mode region begins or ends inside",
+        "small": RegionPass.SMALL,
+        "device": RegionPass.DEVICE,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        density: Any = self.density
+        if (
+            isinstance(density, bool)
+            or not isinstance(density, (int, float))
+            or not 0 < density <= 1
+        ):
+            raise OptionsError(
+                f"pass {self.name!r}: 'density' is a share of (0, 1], not {density!r}."
+            )
+
+    def find(self, context: Context) -> list[Match]:
+        return [
+            Match(live.down.node, {"live": live}, note=words(live))
+            for live in context.analyses.get(find_live)
+        ]
+
+    def check(self, match: Match, context: Context) -> Refusal | None:
+        live: Live = match.nodes["live"]
+        node, said = match.node, self.refusals
+        if context.trains:
+            return Refusal.at(node, "training", said["training"])
+        sizes = live.x.meta["val"].shape[:-1]
+        if not all(isinstance(s, int) for s in sizes) or not 1 <= math.prod(sizes) <= MOST_ROWS:
+            return Refusal.at(node, "rows", f"{said['rows']}: {list(sizes)}")
+        if self._rounded(live, context):
+            return Refusal.at(node, "rounded", said["rounded"])
+        weights = weights_of(live)
+        for value in (live.x, node, *live.inside, *weights):
+            fake = value.meta["val"]
+            if isinstance(fake, torch.Tensor) and fake.is_floating_point():
+                alike = fake.dtype is live.x.meta["val"].dtype and fake.dtype in _DTYPES
+                if not alike or fake.device != live.x.meta["val"].device:
+                    return Refusal.at(value, "dtype", said["dtype"])
+        if context.analyses.get(aliases).written(live.x):
+            return Refusal.at(live.x, "written", f"{live.x.name} is written in place")
+        mode = context.analyses.get(modes)
+        for inner in live.inside:
+            if mode[inner] != mode[node]:
+                return Refusal.at(inner, "region", said["region"])
+        return self.unworthy(node, [w for w in weights if w.meta["val"].dim() == 2])
+
+    def _rounded(self, live: Live, context: Context) -> bool:
+        if self.recipe is None:
+            return False
+        known = context.analyses.get(weight_values)
+        maps = [half.linear for half in (live.gate, live.up) if half is not None]
+        names = {site_name(context.program, linear.weight, known) for linear in (*maps, live.down)}
+        return bool(names & (self.recipe.sites.keys() | self.recipe.sparsity.keys()))
+
+    def rewrite(self, match: Match, context: Context) -> None:
+        as_sparse_ffn(context.program, match.nodes["live"], self.name, density=self.density)
+
+    def saving(self, match: Match, context: Context) -> Saving:
+        return Saving(launches=len(match.nodes["live"].inside))
+
+    @classmethod
+    def examples(cls) -> list[Example]:
+        gated = Spec("relu(p0 + v0)", "a * p1").text()
+        plain = Spec("relu(p0) * relu(p0)", "a").text()
+
+        def before(x: Any, g: Any, u: Any, d: Any, b: Any) -> Any:
+            y = torch.relu(x @ g.transpose(0, 1) + b) * (x @ u.transpose(0, 1))
+            return y @ d
+
+        def after(x: Any, g: Any, u: Any, d: Any, b: Any) -> Any:
+            return meaning(x, [g, u, d], [b], None, gated)
+
+        def squared(x: Any, g: Any, d: Any) -> Any:
+            return torch.relu(x @ g.transpose(0, 1)).square() @ d
+
+        def as_one(x: Any, g: Any, d: Any) -> Any:
+            return meaning(x, [g, d], [], None, plain)
+
+        def every(h: Any, m: Any, D: Any) -> Any:
+            return (h * m) @ D
+
+        def by_neuron(h: Any, m: Any, D: Any) -> Any:
+            return h @ (m[:, None] * D)  # a dead neuron's row is nothing
+
+        shapes = {"x": ("n", "d"), "g": ("f", "d"), "d": ("f", "k")}
+        return [
+            Example(before, after, {**shapes, "u": ("f", "d"), "b": ("f",)}, ("g", "u", "d", "b")),
+            Example(squared, as_one, shapes, ("g", "d")),
+            Example(
+                every,
+                by_neuron,
+                {"h": ("n", "f"), "m": ("f",), "D": ("f", "k")},
+                ("D",),
+                symbolic=True,
+            ),
+        ]
+
+
+def words(live: Live) -> str:
+    """The network in a line, for reports."""
+    if live.gate is None:
+        return "zeros of the input"
+    chosen = f" | {live.select} | {live.after}" if live.select else ""
+    return f"{live.activation}{chosen} | {live.hidden}"
+
+
+def weights_of(live: Live) -> list[fx.Node]:
+    """The weights, biases and operands that the network reads."""
+    maps = [half.linear for half in (live.gate, live.up) if half is not None]
+    biases = [linear.bias for linear in (*maps, live.down) if linear.bias is not None]
+    return [*(linear.weight for linear in (*maps, live.down)), *biases, *live.operands]
+
+
+def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.0) -> fx.Node:
+    """Puts ``sparse_ffn`` in the place of a network; returns its node."""
+    down = live.down
+    build = program.weight(origin, down.node)
+
+    def vector(node: fx.Node) -> str:
+        if node not in operands:
+            operands.append(node)
+        return f"v{operands.index(node)}"
+
+    def by_neuron(linear: Any, axis: int, half: int | None = None) -> fx.Node:
+        """The weight with its neurons first, contiguous."""
+        weight: fx.Node = linear.weight
+        if axis == 1:
+            weight = build.call(aten.transpose.int, weight, 0, 1)
+        if half is not None:
+            weight = _half(build, weight, half)
+        elif axis == 0:
+            return weight
+        return build.call(aten.clone.default, weight, memory_format=torch.contiguous_format)
+
+    operands, weights = list(live.operands), []
+    activation, hidden = live.activation, live.hidden
+    for half, name in ((live.gate, "p0"), (live.up, "p1")):
+        if half is None:
+            continue
+        weights.append(by_neuron(half.linear, half.linear.out_axis, half.index))
+        bias = half.linear.bias
+        if bias is not None:
+            if half.index is not None:
+                bias = _half(build, bias, half.index)
+            biased = f"({name} + {vector(bias)})"
+            activation = re.sub(rf"\b{name}\b", biased, activation)
+            hidden = re.sub(rf"\b{name}\b", biased, hidden)
+    weights.append(by_neuron(down, down.in_axis))
+    spec = Spec(activation, hidden, live.gate is not None, live.select, live.after, density=density)
+    args = (live.x, weights, operands, None, spec.text())
+    for node in (*weights, *operands):
+        program.bring_before(node, down.node)
+    place: dict[str, Any] = {"like": down.node, "origin": origin, "before": down.node}
+    made = program.call(sparse_ffn, args, **place)
+    result = made
+    if down.bias is not None:
+        program.bring_before(down.bias, down.node)
+        result = program.call(aten.add.Tensor, (result, down.bias), **place)
+    shape = down.node.meta["val"].shape
+    if result.meta["val"].shape != shape:
+        result = program.call(aten.reshape.default, (result, list(shape)), **place)
+    program.replace(down.node, result)
+    return made
+
+
+def _half(build: WeightBuilder, value: fx.Node, index: int) -> fx.Node:
+    """Rows (or elements) of the first or the second half."""
+    size = value.meta["val"].shape[0] // 2
+    found: fx.Node = build.call(aten.slice.Tensor, value, 0, index * size, (index + 1) * size)
+    return found
