@@ -48,7 +48,7 @@ def run(limits: dict[str, float], tokens: int = TOKENS) -> tuple[dict[str, Any],
     behind = smollm2.windows(CALIBRATION * CONTEXT, context=CONTEXT, start=TOKENS + CONTEXT)
     seen = observe(forward, behind.split(1), progress=False)
     data: dict[str, Any] = {"tokens": tokens}
-    dense = _entry(forward, None, tokens)
+    dense = entry(forward, None, tokens)
     data["fp32"] = dense
     rows = [
         f"Perplexity of {tokens} tokens in windows of {CONTEXT}; weights that a call reads.",
@@ -61,20 +61,20 @@ def run(limits: dict[str, float], tokens: int = TOKENS) -> tuple[dict[str, Any],
         started = time.perf_counter()
         recipe = make(method, seen, **options)
         made = time.perf_counter() - started
-        entry = data[name] = _entry(forward, recipe, tokens)
-        entry |= {"seconds_to_make": made, "megabytes": megabytes(seen, recipe)}
-        entry["increase"] = entry["perplexity"] / dense["perplexity"] - 1
+        row = data[name] = entry(forward, recipe, tokens)
+        row |= {"seconds_to_make": made, "megabytes": megabytes(seen, recipe)}
+        row["increase"] = row["perplexity"] / dense["perplexity"] - 1
         left = sum(step != 1.0 for step in recipe.activations.values())
-        entry["steps_multiplied"] = left
+        row["steps_multiplied"] = left
         rows.append(
-            f"| {name} | {entry['perplexity']:.3f} | {entry['increase']:+.2%} | {entry['megabytes']:.0f} | "
+            f"| {name} | {row['perplexity']:.3f} | {row['increase']:+.2%} | {row['megabytes']:.0f} | "
             f"{left if recipe.activations else ''} |"
         )
         print(rows[-1], flush=True)
     return data, "\n".join(rows)
 
 
-def _entry(forward: Callable[..., Any], recipe: Recipe | None, tokens: int) -> dict[str, Any]:
+def entry(forward: Callable[..., Any], recipe: Recipe | None, tokens: int) -> dict[str, Any]:
     torch._dynamo.reset()
     report = sparsecc.Report()
     options = {"recipe": recipe, "report": report}

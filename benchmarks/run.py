@@ -15,6 +15,7 @@ import sys
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "examples")]
 
+import budget
 import compile_time
 import crmsnorm
 import decode
@@ -47,6 +48,7 @@ SUITES = {
     "quantization_encoders": quantization_encoders.run,
     "gemm": gemm.run,
     "memory": memory.run,
+    "budget": budget.run,
 }
 
 
@@ -72,10 +74,12 @@ def main() -> None:
     lines = [f"# {stamp}", "", f"Versions: {result['versions']}", f"Limits: {result['limits']}", ""]
     for name in arguments.suites or list(SUITES):
         data, table = SUITES[name](result["limits"])
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for file, content in data.pop("files", {}).items():
+            (arguments.output / f"{stamp}-{file}").write_text(content)
         result[name] = data
         lines += [f"## {name}", "", table, ""]
         print(table, flush=True)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     suffix = (
         "" if set(arguments.suites or SUITES) == set(SUITES) else "-" + "-".join(arguments.suites)
     )
