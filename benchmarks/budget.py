@@ -56,6 +56,7 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(text(recipe))
     formats = Counter(recipe.sites.values())
+    verdict = "holds" if increase <= INCREASE else "DOES NOT HOLD"
     data = {
         "budget": recipe.budget,
         "tried": recipe.tried,
@@ -70,7 +71,7 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
         f"Chosen: {recipe.method}, {', '.join(f'{n} layers {f}' for f, n in formats.items())}.",
         f"On the held-back windows of the search: {recipe.budget['measured']:+.2%}.",
         f"On {TOKENS} tokens it has not seen, by kernels: {dense['perplexity']:.3f} in fp32, "
-        f"{found['perplexity']:.3f} = {increase:+.2%}: it {'holds' if increase <= INCREASE else 'DOES NOT HOLD'}.",
+        f"{found['perplexity']:.3f} = {increase:+.2%}: it {verdict}.",
         f"The frontier: `{PLOT}`, beside this file.",
         "",
         "```",
