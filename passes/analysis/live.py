@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import math
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from sparsecc.passes.analysis.sizes import same_shape, same_size
 from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
-from sparsecc.program import Program
+from sparsecc.program import Program, ancestors
 
 aten = torch.ops.aten
 
@@ -52,6 +53,7 @@ _ABOVE = {
     aten.gt.Tensor: ">",
     aten.ge.Tensor: ">=",
 }
+_MOST_CONSTANTS = 32
 _ODD = frozenset({"relu", "fatrelu", "keep", "silu", "gelu", "gelu_tanh", "tanh", "abs", "sqrt"})
 
 
@@ -410,9 +412,39 @@ def _times(node: Any) -> tuple[float | None, Any]:
         return None, None
     if node.target in (aten.mul.Tensor, aten.mul.Scalar):
         for value, c in (node.args[:2], node.args[1::-1]):
-            if is_number(c):
-                return float(c), value  # type: ignore[arg-type]
+            known = c if is_number(c) else _constant(c)
+            if known is not None:
+                return float(known), value  # type: ignore[arg-type]
     return None, None
+
+
+def _constant(node: Any) -> float | None:
+    """The number that a node of no dimension is computed from constants to be, or None.
+
+    Gemma 3n asks the inverse of the normal distribution in the graph.
+    """
+    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return None
+    before = sorted(ancestors([node]))
+    if len(before) > _MOST_CONSTANTS or node.meta["val"].dim() or not all(map(_pure, before)):
+        return None
+    values: dict[fx.Node, Any] = {}
+    for each in before:
+        args, kwargs = fx.map_arg((each.args, each.kwargs), values.__getitem__)
+        values[each] = each.target(*args, **kwargs)  # type: ignore[operator]
+    return float(values[node])
+
+
+def _pure(node: fx.Node) -> bool:
+    """Whether it makes or computes tensors by arithmetic alone: the same in every call."""
+    if node.target in (torch.tensor, operator.getitem):
+        return True
+    schema = getattr(node.target, "_schema", None)
+    tags = getattr(node.target, "tags", ())
+    random = torch.Tag.nondeterministic_seeded in tags
+    return (
+        node.op == "call_function" and schema is not None and not schema.is_mutable and not random
+    )
 
 
 def _over_row(node: Any, source: Any, targets: tuple[Any, ...]) -> bool:
