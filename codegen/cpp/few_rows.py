@@ -13,23 +13,12 @@ import pathlib
 
 import torch
 
-from sparsecc.codegen.cpp import operators
+from sparsecc.codegen.cpp import operators, weight_formats
 from sparsecc.codegen.cpp.operators import FLAGS
-from sparsecc.errors import BuildError
+from sparsecc.codegen.cpp.weight_formats import DTYPES, STORED, TYPES
 from sparsecc.runtime.ops import expressions
 from sparsecc.runtime.ops.few_rows import Spec
-from sparsecc.runtime.ops.formats import MOST_INT8, Format
 
-# A kernel's own dtype, that of x, operands and outputs, and the parts of weights: names here and in C++.
-DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-_TYPES = {
-    torch.float32: ("kFloat32", "float"),
-    torch.bfloat16: ("kBFloat16", "BFloat16"),
-    torch.float16: ("kFloat16", "Half"),
-    torch.int8: ("kInt8", "int8_t"),
-    torch.uint8: ("kUInt8", "uint8_t"),
-}
-_STORED = {torch.float32: "Float32", torch.bfloat16: "BFloat16"}  # codegen/cpp/storage.h's
 _JOBS = ("Job", "ManyRows")  # by whether there are many rows
 _HEADERS = (
     "few_rows.h",
@@ -59,7 +48,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     return f"""// {name}: {DTYPES[dtype]} on CPU, for any number of rows m, features n and size k.
 {chr(10).join(law)}
 // where p<i>[m, n] = sum over k of y[m, k] W<i>[n, k], y = {spec.norm_law},
-// v<i>[n] and t<i>[m, n] are operands.{_kept_law(spec)}
+// v<i>[n] and t<i>[m, n] are operands.{weight_formats.law(spec.kept, _names(spec))}
 
 #include <algorithm>
 #include <iterator>
@@ -75,8 +64,8 @@ namespace {{
 
 namespace {{
 
-using Element = {_TYPES[dtype][1]};
-using Stored = sparsecc::{_STORED[dtype]};
+using Element = {TYPES[dtype][1]};
+using Stored = sparsecc::{STORED[dtype]};
 
 {_job(spec, dtype, many=False)}
 
@@ -89,7 +78,7 @@ using Stored = sparsecc::{_STORED[dtype]};
 
 const char* run(const FewRows* call) {{
 {_checks(spec)}
-{_prologue(spec, dtype)}
+{weight_formats.prologue(spec.kept, dtype, spec.norm, spec.float_eps)}
   if (call->rows < {many}) {{
 {_start(spec, dtype, many=False)}
   }} else {{
@@ -98,12 +87,12 @@ const char* run(const FewRows* call) {{
   return nullptr;
 }}
 
-const FewRowsPart part_of[] = {{
-{_parts(spec, dtype)}
+const WeightPart part_of[] = {{
+{weight_formats.parts(spec.kept, spec.slots, _names(spec), dtype)}
 }};
 const int64_t first_part[] = {{{", ".join(map(str, firsts))}}};
 const FewRowsKernel kernel = {{
-    run, {_TYPES[dtype][0]}, std::size(part_of), part_of, {len(firsts)}, first_part}};
+    run, {TYPES[dtype][0]}, std::size(part_of), part_of, {len(firsts)}, first_part}};
 
 }}  // namespace
 
@@ -111,46 +100,14 @@ extern "C" __attribute__((visibility("default"))) const FewRowsKernel* few_rows_
 """
 
 
-def _kept_law(spec: Spec) -> str:
-    if spec.plain:
-        return ""
-    kept = ", ".join(f"W{i} {form.name}" for i, form in enumerate(spec.kept))
-    return f"\n// Weights: {kept} (runtime/ops/formats.py says what these are)."
-
-
-def _struct(form: Format, dtype: torch.dtype) -> str:
-    """The struct of codegen/cpp/weights.h."""
-    if form.kind == "float":
-        return f"Dense<{_TYPES[form.parts[0].dtype or dtype][1]}>"
-    if form.kind == "int8":
-        return f"Int8Groups<{form.together}>" if form.together else "Int8"
-    name = "Int4A8" if form.rounds_activations else "Int4"
-    return f"{name}<{form.group}, {str(form.zero).lower()}>"
-
-
-def _quantized(form: Format) -> str:
-    """Name of the activations as they are rounded for a format."""
-    return "divided" if form.static else f"quantized{form.together or ''}"
-
-
-def _input(form: Format, many: bool) -> tuple[str, str]:
-    """Name and type of the activations that a format reads."""
-    if not form.rounds_activations:
-        return "floats", "Floats"
-    if not form.together:
-        return _quantized(form), "Quantized"
-    kind = "Grouped" if many else "InGroups" if form.kind == "int8" else "Arranged"
-    return f"{kind.lower()}{form.together}", f"{kind}<{form.together}>"
-
-
 def _inputs(spec: Spec, many: bool) -> dict[str, str]:
     """Names and types of the activations that the weights read."""
-    return dict(_input(form, many) for form in spec.kept)
+    return dict(weight_formats.activations(form, many) for form in spec.kept)
 
 
 def _job(spec: Spec, dtype: torch.dtype, many: bool) -> str:
     """What threads get: weights, activations, and where the blocks of each output end."""
-    lines = [f"  {_struct(form, dtype)} w{i};" for i, form in enumerate(spec.kept)]
+    lines = [f"  {weight_formats.struct(form, dtype)} w{i};" for i, form in enumerate(spec.kept)]
     lines += [f"  const {kind}& {name};" for name, kind in _inputs(spec, many).items()]
     if many:
         lines.append("  Bands bands;")
@@ -159,6 +116,16 @@ def _job(spec: Spec, dtype: torch.dtype, many: bool) -> str:
 {chr(10).join(lines)}
   int64_t ends[{len(spec.outputs)}];  // of each output's {"tasks" if many else "blocks"}
 }};"""
+
+
+def _names(spec: Spec) -> list[str]:
+    return [f"W{i}" for i in range(len(spec.kept))]
+
+
+def _weights(spec: Spec, dtype: torch.dtype) -> list[str]:
+    """The structs of the weights, from plain pointers."""
+    kept = zip(spec.kept, spec.slots, strict=True)
+    return [weight_formats.weight(form, slot, dtype) for form, slot in kept]
 
 
 def _run_some(spec: Spec, many: bool) -> str:
@@ -176,15 +143,8 @@ def _run_some(spec: Spec, many: bool) -> str:
 def _start(spec: Spec, dtype: torch.dtype, many: bool) -> str:
     """Fills the job and hands it to the threads."""
     inputs = _inputs(spec, many)
-    lines = list(
-        dict.fromkeys(
-            f"const {kind} {name}{{{_quantized(form)}}};"
-            for form in spec.kept
-            for name, kind in [_input(form, many)]
-            if form.together
-        )
-    )
-    fields = ["call", *(_weight(spec, i, dtype) for i in range(len(spec.kept))), *inputs]
+    lines = weight_formats.arranged(spec.kept, many)
+    fields = ["call", *_weights(spec, dtype), *inputs]
     if many:
         fields.append("Bands(call->rows)")
     lines.append(f"{_JOBS[many]} job{{{', '.join(fields)}, {{}}}};")
@@ -198,74 +158,12 @@ def _start(spec: Spec, dtype: torch.dtype, many: bool) -> str:
     return "\n".join(f"    {line}" for line in lines)
 
 
-def _weight(spec: Spec, i: int, dtype: torch.dtype) -> str:
-    """The struct of weight i, from plain pointers."""
-    form, slot = spec.kept[i], spec.slots[i]
-    fields = [
-        f"static_cast<const {_TYPES[part.dtype or dtype][1]}*>(call->parts[{slot.start + j}])"
-        for j, part in enumerate(form.parts)
-    ]
-    if form.kind == "int4" and not form.zero:
-        fields.append("nullptr")
-    return f"{{{', '.join([*fields, 'call->size'])}}}"
-
-
-def _parts(spec: Spec, dtype: torch.dtype) -> str:
-    return "\n".join(
-        f'  {{"W{i}\'s {part.name} ({form.name})", {_TYPES[part.dtype or dtype][0]}, '
-        f"{part.per}, {slot.start}}},"
-        for i, (form, slot) in enumerate(zip(spec.kept, spec.slots, strict=True))
-        for part in form.parts
-    )
-
-
-def _prologue(spec: Spec, dtype: torch.dtype) -> str:
-    """The activations as the formats want them."""
-    lines = [
-        "const int64_t size = call->size;",
-        "const Element* x = static_cast<const Element*>(call->x);",
-    ]
-    rounded = [form for form in spec.kept if form.rounds_activations]
-    kept = {_quantized(form): form for form in rounded}
-    lines += [
-        f"Quantized {name}(call->rows, size{f', {form.together}' if form.together else ''});"
-        for name, form in sorted(kept.items())
-    ]
-    floats = len(rounded) < len(spec.kept)
-    steps = []  # for row m; y is the row so far
-    same = dtype is torch.float32 and spec.norm == "none"
-    if same:
-        steps.append("const float* y = x + m * size;")
-    else:
-        lines.append(f"Buffer<float> kept({'call->rows * size' if floats else '0'});")
-        steps.append(f"float* y = {'kept.data() + m * size' if floats else 'row.data()'};")
-    if dtype is not torch.float32:
-        steps.append("to_floats(x + m * size, size, y);")
-    if spec.norm != "none":
-        row = "x + m * size" if dtype is torch.float32 else "y"
-        steps.append(f"{spec.norm}_norm({row}, size, {spec.float_eps!r}f, y);")
-    steps += [
-        f"{name}.set{'_divided' if form.static else ''}(m, y);"
-        for name, form in sorted(kept.items())
-    ]
-    if kept or not same:
-        lines.append("over_rows(*call, [&](int64_t begin, int64_t end) {")
-        if not same and not floats:
-            lines.append("  Buffer<float> row(size);")
-        lines.append("  for (int64_t m = begin; m < end; ++m) {")
-        lines += [f"    {step}" for step in steps]
-        lines += ["  }", "});"]
-    if floats:
-        lines.append(f"const Floats floats{{{'x' if same else 'kept.data()'}, size}};")
-    return "\n".join(f"  {line}" for line in lines)
-
-
 def _output(spec: Spec, j: int, dtype: torch.dtype) -> str:
     """The function that computes blocks of one output."""
     weights = spec.weights(j)
     products = "\n".join(
         f"      float p{i}[kBlock * kRows];\n"
-        f"      products(job.w{i}, n, count, job.{_input(spec.kept[i], False)[0]}, m, rows, p{i});"
+        f"      products(job.w{i}, Following{{n}}, count, job.{weight_formats.activations(spec.kept[i])[0]}, m, rows, p{i});"
         for i in weights
     )
     values = {f"p{i}": f"p{i}[r * kRows + c]" for i in weights}
@@ -311,7 +209,7 @@ def _tiles(spec: Spec, j: int, dtype: torch.dtype) -> str:
     """The function that computes tiles of one output for many rows."""
     weights, operands = spec.weights(j), spec.operands(j)
     lines = [
-        f"Panel<{_struct(spec.kept[i], dtype)}> panel{i}(job.w{i});\n"
+        f"Panel<{weight_formats.struct(spec.kept[i], dtype)}> panel{i}(job.w{i});\n"
         f"  alignas(64) float p{i}[kBands * kTall * kTile];"
         for i in weights
     ]
@@ -321,7 +219,7 @@ def _tiles(spec: Spec, j: int, dtype: torch.dtype) -> str:
     ]
     packs = " ".join(f"panel{i}.pack(n, count);" for i in weights)
     products = "\n".join(
-        f"    products(panel{i}, job.{_input(spec.kept[i], True)[0]}, job.bands, first, last, p{i});"
+        f"    products(panel{i}, job.{weight_formats.activations(spec.kept[i], True)[0]}, job.bands, first, last, p{i});"
         for i in weights
     )
     values = {f"p{i}": f"load(p{i} + c * kTile + r)" for i in weights}
@@ -356,18 +254,7 @@ def _tiles(spec: Spec, j: int, dtype: torch.dtype) -> str:
 
 def _checks(spec: Spec) -> str:
     """What the generic operator cannot know: which operand has which size, and what a format needs."""
-    lines = []
-    for form in dict.fromkeys(spec.kept):
-        if form.multiple > 1:
-            lines.append(
-                f"  if (call->size % {form.multiple}) "
-                f'return "{form.name}: the features of x are no multiple of {form.multiple}";'
-            )
-        if form.rounds_activations:
-            lines.append(
-                f"  if (call->size > {MOST_INT8}) "
-                f'return "{form.name}: x has more than {MOST_INT8} features, and int32 overflows";'
-            )
+    lines = weight_formats.checks(spec.kept)
     for j in range(len(spec.outputs)):
         first, *others = spec.weights(j)
         features = f"call->features[{spec.slots[first].start}]"
@@ -397,9 +284,5 @@ def load(
     Raises:
         BuildError: it cannot be built here, or there is no kernel for ``dtype`` or for a format.
     """
-    emulated = [form.name for form in spec.kept if form.kind == "fp4"]
-    if emulated:
-        raise BuildError(f"few_rows: {', '.join(emulated)}: emulated in ATen, no kernel reads it")
-    if dtype not in DTYPES:
-        raise BuildError(f"few_rows: no kernel for {dtype}, but for {', '.join(DTYPES.values())}")
+    weight_formats.check("few_rows", spec.kept, dtype)
     return operators.load("few_rows", dtype, spec.text(), source(spec, dtype), flags)

@@ -33,6 +33,8 @@ template <class X, class Low, class High>
 inline auto clamp(X x, Low low, High high) { return minimum(maximum(x, low), high); }
 
 inline float abs(float x) { return std::fabs(x); }
+inline float keep(float x, float t) { return std::fabs(x) <= t ? 0 : x; }
+inline float fatrelu(float x, float t) { return x < t ? 0 : x; }
 inline float exp(float x) { return std::exp(x); }
 inline float round(float x) { return std::nearbyint(x); }
 inline float sqrt(float x) { return std::sqrt(x); }
@@ -41,6 +43,12 @@ inline float sign(float x) { return x > 0 ? 1.0f : x < 0 ? -1.0f : x != x ? x : 
 inline float tanh(float x) { return std::tanh(x); }
 
 inline Vector abs(Vector x) { return (Vector)((Bits)x & 0x7fffffffu); }
+inline Vector vector_keep(Vector x, Vector t) { return abs(x) <= t ? splat(0) : x; }
+inline Vector vector_fatrelu(Vector x, Vector t) { return x < t ? splat(0) : x; }
+template <class X, class T>
+inline Vector keep(X x, T t) { return vector_keep(splat(x), splat(t)); }
+template <class X, class T>
+inline Vector fatrelu(X x, T t) { return vector_fatrelu(splat(x), splat(t)); }
 inline Vector round(Vector x) { return map(x, [](float y) { return std::nearbyint(y); }); }
 inline Vector sqrt(Vector x) { return map(x, [](float y) { return std::sqrt(y); }); }
 inline Vector rsqrt(Vector x) { return 1.0f / sqrt(x); }

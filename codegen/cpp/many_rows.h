@@ -317,14 +317,6 @@ inline void multiply(const Panel<Weight>& panel, const Grouped<group>& y, int64_
   }
 }
 
-// body(r, lanes) for each vector of `count` features, whole or in part.
-template <class Body>
-inline void over_lanes(int count, Body body) {
-  int r = 0;
-  for (; r + kLanes <= count; r += kLanes) body(r, sparsecc::All{});
-  if (r < count) body(r, sparsecc::First{count - r});
-}
-
 // What remains after the sums: scales of rows and features.
 template <class Weight>
 inline void finish(const Panel<Weight>&, const Floats&, int64_t, int64_t, float*) {}

@@ -47,7 +47,7 @@ def load(
     """
     with _lock:
         path, kernel = _kernel(operator, source, flags)
-        register = getattr(_library(operator), f"sparsecc_{operator}_register")
+        register = getattr(library(operator), f"sparsecc_{operator}_register")
         register.argtypes, register.restype = (ctypes.c_char_p,) * 2 + (ctypes.c_void_p,), None
         register(str(dtype).removeprefix("torch.").encode(), spec.encode(), kernel)
         return path
@@ -64,7 +64,7 @@ def _kernel(
 
 
 @functools.cache
-def _library(operator: str) -> ctypes.CDLL:
+def library(operator: str) -> ctypes.CDLL:
     """The operator's own library, loaded: its implementation for CPU tensors is registered."""
     path = native.library(operator, text_of(f"{operator}.cpp"), libraries=("torch_cpu", "c10"))
     torch.ops.load_library(str(path))

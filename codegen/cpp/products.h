@@ -11,8 +11,8 @@ inline void part(const int64_t* ends, int j, int64_t begin, int64_t end, Body bo
 }
 
 // body(begin, end) for all rows of x, by several threads where there is work for them.
-template <class Body>
-inline void over_rows(const FewRows& call, Body body) {
+template <class Call, class Body>
+inline void over_rows(const Call& call, Body body) {
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(call.size, 1));
   const auto some = [](int64_t begin, int64_t end, void* context) {
     (*static_cast<Body*>(context))(begin, end);

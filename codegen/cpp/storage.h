@@ -106,3 +106,15 @@ inline void store_one(Element* address, float x) { store(address, splat(x), Firs
 
 }  // namespace
 }  // namespace sparsecc
+
+namespace {
+
+// body(r, lanes) for each vector of `count` features, whole or in part.
+template <class Body>
+inline void over_lanes(int count, Body body) {
+  int r = 0;
+  for (; r + kLanes <= count; r += kLanes) body(r, sparsecc::All{});
+  if (r < count) body(r, sparsecc::First{count - r});
+}
+
+}  // namespace

@@ -1,4 +1,4 @@
-// The formats of weights [features, size], and for each: out[r * kRows + c] = sum over k of y[m + c, k] W[n + r, k].
+// The formats of weights [features, size], and for each: out[r * kRows + c] = sum over k of y[m + c, k] W[n[r], k].
 
 namespace {
 
@@ -12,14 +12,59 @@ struct Floats {
   const float* row(int64_t m) const { return values + m * stride; }
 };
 
-// Where `count` rows of weights are read side by side, at byte `at` of each, what comes after them is asked for in
-// its own order, far enough ahead: prefetchers like one long stream, and not several short ones.
-template <int count, int step>
-inline void ask_ahead(const void* rows, int64_t row_bytes, int64_t at, int r) {
-  if constexpr (count > 1)
-    __builtin_prefetch(
-        static_cast<const char*>(rows) + std::max<int64_t>(count * row_bytes, kAhead) + count * at + r * step, 0, 2);
-}
+// Which rows of weights are read side by side: `count` from n on. What comes after them is asked for in its own order,
+// far enough ahead: prefetchers like one long stream, and not several short ones.
+struct Following {
+  int64_t n;
+  int64_t operator[](int r) const { return n + r; }
+  Following after(int64_t rows) const { return {n + rows}; }
+
+  template <int count>
+  struct Ahead {
+    const char* from;
+    template <int step>
+    inline void ask(int64_t at, int r) const {
+      if constexpr (count > 1) __builtin_prefetch(from + count * at + r * step, 0, 2);
+    }
+  };
+  template <int count>
+  inline Ahead<count> ahead(const void* values, int64_t row_bytes) const {
+    return {static_cast<const char*>(values) + n * row_bytes + std::max<int64_t>(count * row_bytes, kAhead)};
+  }
+  template <int count>
+  inline void ask_all(const void*, int64_t) const {}  // short rows beside them: prefetchers see them coming
+};
+
+constexpr int64_t kMostAhead = 32;  // rows
+
+// Rows by number. No prefetcher knows those after them, so these are asked for; `rows` goes on for kMostAhead + kBlock
+// numbers behind the last one.
+struct Gathered {
+  const int64_t* rows;
+  int64_t operator[](int r) const { return rows[r]; }
+  Gathered after(int64_t count) const { return {rows + count}; }
+
+  template <int count>
+  struct Ahead {
+    const char* from[count];
+    template <int step>
+    inline void ask(int64_t at, int r) const { __builtin_prefetch(from[r] + at, 0, 2); }
+  };
+  template <int count>
+  inline Ahead<count> ahead(const void* values, int64_t row_bytes) const {
+    const int64_t* next = rows + std::clamp<int64_t>(kAhead / std::max<int64_t>(row_bytes, 1), count, kMostAhead);
+    Ahead<count> found;
+    for (int r = 0; r < count; ++r) found.from[r] = static_cast<const char*>(values) + next[r] * row_bytes;
+    return found;
+  }
+  template <int count>
+  inline void ask_all(const void* values, int64_t row_bytes) const {
+    const int64_t* next = rows + kMostAhead / 4;
+    for (int r = 0; r < count; ++r)
+      for (int64_t at = 0; at < row_bytes; at += 64)
+        __builtin_prefetch(static_cast<const char*>(values) + next[r] * row_bytes + at, 0, 2);
+  }
+};
 
 template <class T>
 struct Dense {
@@ -27,11 +72,14 @@ struct Dense {
   const T* values;
   int64_t size;
 
-  template <int rows, int count>
-  inline void dots(const Floats& y, int64_t m, int64_t n, float* out) const {
+  template <int rows, int count, class Which>
+  inline void dots(const Floats& y, int64_t m, const Which& n, float* out) const {
     constexpr int unroll = count == 1 ? (rows == 1 ? 4 : 2) : 1;  // sums in flight hide the latency of one
     const float* x = y.row(m);
-    const T* w = values + n * size;
+    const auto ahead = n.template ahead<count>(values, sizeof(T) * size);
+    const T* w[count];
+#pragma GCC unroll 8
+    for (int r = 0; r < count; ++r) w[r] = values + n[r] * size;
     Vector sums[count][rows][unroll] = {};
     int64_t k = 0;
     for (; k + unroll * kLanes <= size; k += unroll * kLanes) {
@@ -42,8 +90,8 @@ struct Dense {
         for (int c = 0; c < rows; ++c) column[c] = load(x + c * size + k + u * kLanes);
 #pragma GCC unroll 8
         for (int r = 0; r < count; ++r) {
-          const Vector row = load(w + r * size + k + u * kLanes);
-          ask_ahead<count, sizeof(T) * kLanes>(w, sizeof(T) * size, sizeof(T) * (k + u * kLanes), r);
+          const Vector row = load(w[r] + k + u * kLanes);
+          ahead.template ask<sizeof(T) * kLanes>(sizeof(T) * (k + u * kLanes), r);
 #pragma GCC unroll 8
           for (int c = 0; c < rows; ++c) sums[r][c][u] += row * column[c];
         }
@@ -57,7 +105,7 @@ struct Dense {
 #pragma GCC unroll 8
         for (int u = 1; u < unroll; ++u) all += sums[r][c][u];
         float total = sum(all);
-        for (int64_t rest = k; rest < size; ++rest) total += x[c * size + rest] * widen(w[r * size + rest]);
+        for (int64_t rest = k; rest < size; ++rest) total += x[c * size + rest] * widen(w[r][rest]);
         out[r * kRows + c] = total;
       }
   }
@@ -69,11 +117,12 @@ struct Int8 {
   const float* scale;  // [features]
   int64_t size;
 
-  template <int rows, int count>
-  inline void dots(const Quantized& y, int64_t m, int64_t n, float* out) const {
+  template <int rows, int count, class Which>
+  inline void dots(const Quantized& y, int64_t m, const Which& n, float* out) const {
     constexpr int unroll = count == 1 ? (rows == 1 ? 4 : 2) : 1;
     const int8_t* x = y.row(m);
-    const int8_t* w = values + n * size;
+    const auto ahead = n.template ahead<count>(values, size);
+    n.template ask_all<count>(scale, sizeof(float));
     Ints sums[count][rows][unroll] = {};
     const auto step = [&](int64_t k, int u, int64_t left) {
       Bytes column[rows];
@@ -81,8 +130,8 @@ struct Int8 {
       for (int c = 0; c < rows; ++c) column[c] = load_bytes<Bytes>(x + c * y.stride + k);
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
-        const Bytes row = load_bytes<Bytes>(w + r * size + k, left);
-        ask_ahead<count, kBytes>(w, size, k, r);
+        const Bytes row = load_bytes<Bytes>(values + n[r] * size + k, left);
+        ahead.template ask<kBytes>(k, r);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) sums[r][c][u] = dot_signed(sums[r][c][u], row, column[c]);
       }
@@ -99,7 +148,7 @@ struct Int8 {
         Ints all = sums[r][c][0];
         for (int u = 1; u < unroll; ++u) all += sums[r][c][u];
         const int32_t total = sum(all) - kOffset * y.sums[m + c];
-        out[r * kRows + c] = float(total) * (y.scale[m + c] * scale[n + r]);
+        out[r * kRows + c] = float(total) * (y.scale[m + c] * scale[n[r]]);
       }
   }
 };
@@ -109,9 +158,10 @@ template <int group>
 struct Int8Groups : Int8 {
   using Input = InGroups<group>;
 
-  template <int rows, int count>
-  inline void dots(const InGroups<group>& y, int64_t m, int64_t n, float* out) const {
-    const int8_t* w = values + n * size;
+  template <int rows, int count, class Which>
+  inline void dots(const InGroups<group>& y, int64_t m, const Which& n, float* out) const {
+    const auto ahead = n.template ahead<count>(values, size);
+    n.template ask_all<count>(scale, sizeof(float));
     Vector sums[count][rows] = {};
     const auto step = [&](int64_t k, int64_t left) {
       Bytes column[rows];
@@ -125,8 +175,8 @@ struct Int8Groups : Int8 {
       }
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
-        const Bytes row = load_bytes<Bytes>(w + r * size + k, left);
-        ask_ahead<count, kBytes>(w, size, k, r);
+        const Bytes row = load_bytes<Bytes>(values + n[r] * size + k, left);
+        ahead.template ask<kBytes>(k, r);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c)
           sums[r][c] += __builtin_convertvector(dot_signed(start[c], row, column[c]), Vector) * by[c];
@@ -138,7 +188,7 @@ struct Int8Groups : Int8 {
 #pragma GCC unroll 8
     for (int r = 0; r < count; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]) * scale[n + r];
+      for (int c = 0; c < rows; ++c) out[r * kRows + c] = sum(sums[r][c]) * scale[n[r]];
   }
 };
 
@@ -185,9 +235,12 @@ struct Int4A8 {
   const Half* zero;
   int64_t size;
 
-  template <int rows, int count>
-  inline void dots(const Arranged<group>& y, int64_t m, int64_t n, float* out) const {
+  template <int rows, int count, class Which>
+  inline void dots(const Arranged<group>& y, int64_t m, const Which& n, float* out) const {
     const int64_t bytes = size / 2, groups = size / group;
+    const auto ahead = n.template ahead<count>(packed, bytes);
+    n.template ask_all<count>(scale, sizeof(Half) * groups);
+    if constexpr (zeros) n.template ask_all<count>(zero, sizeof(Half) * groups);
     Vector sums[count][rows] = {};
     const auto step = [&](int64_t byte, auto whole) {
       const int64_t left = whole ? kBytes : bytes - byte;
@@ -205,16 +258,16 @@ struct Int4A8 {
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
         Unsigned low, high;
-        halves(load_bytes<Unsigned>(packed + (n + r) * bytes + byte, left), &low, &high);
-        ask_ahead<count, kBytes>(packed + n * bytes, bytes, byte, r);
-        const Vector by = by_group<group, whole>(scale + (n + r) * groups, g, groups);
+        halves(load_bytes<Unsigned>(packed + n[r] * bytes + byte, left), &low, &high);
+        ahead.template ask<kBytes>(byte, r);
+        const Vector by = by_group<group, whole>(scale + n[r] * groups, g, groups);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) {
           const Ints start = zeros ? Ints{} : total[c] * -8;
           const Ints exact = dot_nibbles(start, low, first[c], high, second[c]);
           Vector value = __builtin_convertvector(exact, Vector);
           if constexpr (zeros) {
-            const Vector origin = by_group<group, whole>(zero + (n + r) * groups, g, groups);
+            const Vector origin = by_group<group, whole>(zero + n[r] * groups, g, groups);
             value -= origin * __builtin_convertvector(total[c], Vector);
           }
           sums[r][c] += value * (by * own[c]);
@@ -281,22 +334,25 @@ struct Int4 {
   const Half* zero;
   int64_t size;
 
-  template <int rows, int count>
-  inline void dots(const Floats& y, int64_t m, int64_t n, float* out) const {
+  template <int rows, int count, class Which>
+  inline void dots(const Floats& y, int64_t m, const Which& n, float* out) const {
     const int64_t groups = size / group;
+    const auto ahead = n.template ahead<count>(packed, groups * half);
+    n.template ask_all<count>(scale, sizeof(Half) * groups);
+    if constexpr (zeros) n.template ask_all<count>(zero, sizeof(Half) * groups);
     const float* x = y.row(m);
     Vector sums[count][rows] = {};
     for (int64_t g = 0; g < groups; ++g, x += group) {
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
-        const int64_t at = (n + r) * groups + g;
+        const int64_t at = n[r] * groups + g;
         const Levels levels(zeros ? widen(zero[at]) : 8);
         Vector some[rows] = {};  // of this group, without its scale
 #pragma GCC unroll 8
         for (int j = 0; j < half; j += kLanes) {
           Vector low, high;
           levels.unpack(packed + at * half + j, &low, &high);
-          ask_ahead<count, kLanes>(packed + n * groups * half, groups * half, g * half + j, r);
+          ahead.template ask<kLanes>(g * half + j, r);
 #pragma GCC unroll 8
           for (int c = 0; c < rows; ++c) {
             some[c] += low * load(x + c * size + j);
@@ -317,8 +373,9 @@ struct Int4 {
 
 // ---- any number of rows ---------------------------------------------------------------------------
 
-template <int count, class Weight>
-inline void dots_of(const Weight& w, int64_t n, const typename Weight::Input& y, int64_t m, int rows, float* out) {
+template <int count, class Weight, class Which>
+inline void dots_of(const Weight& w, const Which& n, const typename Weight::Input& y, int64_t m, int rows,
+                    float* out) {
   switch (rows) {
     case 1: return w.template dots<1, count>(y, m, n, out);
     case 2: return w.template dots<2, count>(y, m, n, out);
@@ -328,11 +385,11 @@ inline void dots_of(const Weight& w, int64_t n, const typename Weight::Input& y,
   }
 }
 
-template <class Weight>
-inline void products(const Weight& w, int64_t n, int count, const typename Weight::Input& y, int64_t m, int rows,
+template <class Weight, class Which>
+inline void products(const Weight& w, const Which& n, int count, const typename Weight::Input& y, int64_t m, int rows,
                      float* out) {
   if (count == kBlock) return dots_of<kBlock>(w, n, y, m, rows, out);
-  for (int r = 0; r < count; ++r) dots_of<1>(w, n + r, y, m, rows, out + r * kRows);
+  for (int r = 0; r < count; ++r) dots_of<1>(w, n.after(r), y, m, rows, out + r * kRows);
 }
 
 }  // namespace

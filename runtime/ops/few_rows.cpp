@@ -3,40 +3,18 @@
 #include "kernels.h"
 
 #include "few_rows.h"
+#include "tensors.h"
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
-
-constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "int8", "uint8"};
-constexpr ScalarType kTypes[] = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Char,
-                                 ScalarType::Byte};
 
 Kernels<FewRowsKernel> kernels("few_rows");
 
 void require(bool holds, const std::string& what) { kernels.require(holds, what); }
 
 FewRowsKernel find(const std::string& spec, const Tensor& x) {
-  const bool wide = x.scalar_type() == ScalarType::Float;
-  require(x.is_cpu() && (wide || x.scalar_type() == ScalarType::BFloat16), "x must be float32 or bfloat16 on CPU");
-  const FewRowsType type = wide ? kFloat32 : kBFloat16;
-  return kernels.find(kNames[type], spec);
-}
-
-const void* data(Tensor& tensor, FewRowsType type, const std::string& name) {
-  require(tensor.scalar_type() == kTypes[type] && tensor.is_cpu(), name + " must be " + kNames[type] + " on CPU");
-  tensor = torch::stable::contiguous(tensor);
-  return tensor.const_data_ptr();
-}
-
-// Weights' tensors by what the kernel expects; their features.
-void check_part(const Tensor& tensor, const FewRowsPart& part, int64_t features, int64_t size) {
-  const bool matrix = part.per != 0;
-  const bool fits = tensor.dim() == (matrix ? 2 : 1) && tensor.size(0) == features &&
-                    (!matrix || tensor.size(1) == size / part.per);
-  require(fits, std::string(part.name) + " is not [" + std::to_string(features) +
-                    (matrix ? ", " + std::to_string(size / part.per) + "]" : "]") + ", as x needs it");
+  return kernels.find(kTypeNames[type_of_x(kernels, x)], spec);
 }
 
 std::vector<Tensor> few_rows(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> operands,
@@ -44,7 +22,7 @@ std::vector<Tensor> few_rows(Tensor x, std::vector<Tensor> weights, std::vector<
   const FewRowsKernel kernel = find(spec, x);
   require(x.dim() >= 1, "x has no features");
   FewRows call{};
-  call.x = data(x, kernel.type, "x");
+  call.x = data(kernels, x, kernel.type, "x");
   const auto sizes = x.sizes();
   call.size = sizes[x.dim() - 1];
   call.rows = 1;
@@ -56,15 +34,15 @@ std::vector<Tensor> few_rows(Tensor x, std::vector<Tensor> weights, std::vector<
   std::vector<const void*> parts, operand_data;
   std::vector<int64_t> features, elements;
   for (int64_t i = 0; i < kernel.parts; ++i) {
-    const FewRowsPart& part = kernel.part[i];
+    const WeightPart& part = kernel.part[i];
     Tensor& tensor = weights[i];
     require(tensor.dim() >= 1, std::string(part.name) + " has no features");
     features.push_back(part.first == i ? tensor.size(0) : features[part.first]);
-    check_part(tensor, part, features.back(), call.size);
-    parts.push_back(data(tensor, part.type, part.name));
+    check_part(kernels, tensor, part, features.back(), call.size);
+    parts.push_back(data(kernels, tensor, part.type, part.name));
   }
   for (size_t i = 0; i < operands.size(); ++i) {
-    operand_data.push_back(data(operands[i], kernel.type, "operand " + std::to_string(i)));
+    operand_data.push_back(data(kernels, operands[i], kernel.type, "operand " + std::to_string(i)));
     elements.push_back(operands[i].numel());
   }
   std::vector<void*> out;

@@ -2,9 +2,7 @@
 
 #pragma once
 
-#include <cstdint>
-
-enum FewRowsType : int32_t { kFloat32, kBFloat16, kFloat16, kInt8, kUInt8 };
+#include "parts.h"
 
 struct FewRows {
   const void* x;  // [rows, size]
@@ -18,18 +16,11 @@ struct FewRows {
                    void* context);
 };
 
-struct FewRowsPart {
-  const char* name;
-  FewRowsType type;
-  int64_t per;    // weights of a row that share one element: [features, size / per]; 0: [features]
-  int64_t first;  // the first part of the same weight
-};
-
 struct FewRowsKernel {
   const char* (*run)(const FewRows*);  // nullptr, or what is wrong with the arguments
-  FewRowsType type;                    // of x, the operands and the outputs
+  ElementType type;                    // of x, the operands and the outputs
   int64_t parts;
-  const FewRowsPart* part;
+  const WeightPart* part;
   int64_t outputs;
   const int64_t* first_part;  // of each output: its features are the output's
 };
