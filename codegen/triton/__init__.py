@@ -9,7 +9,9 @@ from sparsecc.codegen.triton import (
     launch,
     launch_attention,
     launch_rows,
+    launch_sparse_ffn,
     rows,
+    sparse_ffn,
 )
 
 __all__ = [
@@ -19,5 +21,7 @@ __all__ = [
     "launch",
     "launch_attention",
     "launch_rows",
+    "launch_sparse_ffn",
     "rows",
+    "sparse_ffn",
 ]

@@ -103,6 +103,18 @@ def clamp(x: tl.tensor, low: tl.tensor, high: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
+def keep(x: tl.tensor, t: tl.tensor) -> tl.tensor:
+    """x where |x| > t, else 0 (CATS, TEAL)."""
+    return tl.where(tl.abs(x) <= t, 0.0, x)  # NaN stays NaN
+
+
+@triton.jit
+def fatrelu(x: tl.tensor, t: tl.tensor) -> tl.tensor:
+    """x where x >= t, else 0 (ProSparse)."""
+    return tl.where(x < t, 0.0, x)  # NaN stays NaN
+
+
+@triton.jit
 def to_int8(x: tl.tensor) -> tl.tensor:
     """Whole numbers within the range; NaN, which has no number, becomes 0."""
     return tl.where(x == x, x, 0.0).to(tl.int8)

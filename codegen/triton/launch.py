@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparsecc.codegen.triton import build, few_rows
+from sparsecc.codegen.triton.cuts import Cuts
 from sparsecc.codegen.triton.few_rows import Config
 from sparsecc.runtime.ops.few_rows import Spec, meaning
 
@@ -45,12 +46,8 @@ class Problem:
         return few_rows.configs(Spec.of(self.text), self.rows, self.size, self.dtype)
 
 
-_chosen: dict[Problem, Config] = {}
-
-
-def choose(problem: Problem, config: Config) -> None:
-    """Cut the kernel of ``problem`` so from now on: what was measured to be the fastest."""
-    _chosen[problem] = config
+cuts: Cuts[Config] = Cuts()
+choose = cuts.choose
 
 
 def run(
@@ -84,7 +81,7 @@ def run(
     if x.numel() == 0:
         return meaning(x, weights, operands, kernel)
     outputs = [x.new_empty(shape) for shape in shapes]
-    launch = _launch(problem, config or _chosen.get(problem) or problem.configs()[0])
+    launch = _launch(problem, config or cuts.of(problem))
     given = {f"w{i}": weight.contiguous() for i, weight in enumerate(weights)}
     given.update((f"o{i}", operand.contiguous()) for i, operand in enumerate(operands))
     given.update((f"out{j}", output) for j, output in enumerate(outputs))

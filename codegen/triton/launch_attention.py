@@ -15,6 +15,7 @@ import torch
 
 from sparsecc.codegen.triton import build, cached_attention
 from sparsecc.codegen.triton.cached_attention import Config
+from sparsecc.codegen.triton.cuts import Cuts
 from sparsecc.codegen.triton.few_rows import DTYPES
 from sparsecc.codegen.triton.launch import on_device
 from sparsecc.runtime.ops.cached_attention import Spec
@@ -48,12 +49,8 @@ def _module(text: str, tokens: int, mask: str) -> ModuleType:
     return build.load("cached_attention", cached_attention.source(Spec.of(text), tokens, mask))
 
 
-_chosen: dict[Problem, Config] = {}
-
-
-def choose(problem: Problem, config: Config) -> None:
-    """Cut the kernels of ``problem`` so from now on: what was measured to be the fastest."""
-    _chosen[problem] = config
+cuts: Cuts[Config] = Cuts()
+choose = cuts.choose
 
 
 def run(
@@ -102,7 +99,7 @@ def run(
     if out.numel() == 0:
         return out
     problem = Problem.of(q, mask, kernel)
-    module, cut = problem.module(), config or _chosen.get(problem) or problem.configs()[0]
+    module, cut = problem.module(), config or cuts.of(problem)
     rows, programs = batch * heads * tokens * spec.groups, batch * heads
     programs *= cached_attention.row_blocks(spec, tokens)
     each = cached_attention.chunk(programs, length, cut)

@@ -240,7 +240,7 @@ def gpu(folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict:
     chosen: dict = {}
     monkeypatch.setattr(kernels, "_device", lambda device: "a GPU")
     monkeypatch.setattr(regions.triton.build, "available", lambda: "")
-    monkeypatch.setattr(regions.triton.launch, "_chosen", chosen)
+    monkeypatch.setattr(regions.triton.launch.cuts, "chosen", chosen)
     return chosen
 
 

@@ -115,7 +115,7 @@ def test_what_no_kernel_computes(tokens: int, mask: str) -> None:
 @pytest.fixture
 def chosen(monkeypatch: pytest.MonkeyPatch) -> dict:
     found: dict = {}
-    monkeypatch.setattr(launch_attention, "_chosen", found)
+    monkeypatch.setattr(launch_attention.cuts, "chosen", found)
     return found
 
 
