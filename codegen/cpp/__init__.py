@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from sparsecc.codegen.cpp import cached_attention, few_rows, rows
+from sparsecc.codegen.cpp import cached_attention, few_rows, rows, sparse_ffn
 
-__all__ = ["cached_attention", "few_rows", "rows"]
+__all__ = ["cached_attention", "few_rows", "rows", "sparse_ffn"]

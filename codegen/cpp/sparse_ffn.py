@@ -74,12 +74,12 @@ def reset_counters() -> None:
 
 
 def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
-    """The C++ of one spec, to be read: its law first. The label is no part of it.
+    """The C++ of one spec, to be read: its law first. Label and density are no part of it.
 
     Args:
         dtype: of x, operands and output: one of ``weight_formats.DTYPES``.
     """
-    spec = dataclasses.replace(spec, label="")
+    spec = spec.source()
     name = f"sparse_ffn_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"
     names = _names(spec)
     down = sum(len(form.parts) for form in spec.kept[:-1])

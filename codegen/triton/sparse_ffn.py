@@ -113,7 +113,7 @@ def source(spec: Spec) -> str:
         BuildError: a weight is in a format that no kernel here reads.
     """
     check_formats(spec)
-    name = f"sparse_ffn_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"
+    name = f"sparse_ffn_{hashlib.sha256(spec.source().text().encode()).hexdigest()[:8]}"
     trees = dict(zip(("activation", "after", "hidden"), spec.trees, strict=True))
     texts = [spec.activation, spec.after, spec.hidden]
     functions = {"divide"} if any("/" in text for text in texts) else set()

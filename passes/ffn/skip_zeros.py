@@ -161,17 +161,15 @@ class SkipZeros(RegionPass):
         def by_neuron(h: Any, m: Any, D: Any) -> Any:
             return h @ (m[:, None] * D)  # a dead neuron's row is nothing
 
-        shapes = {"x": ("n", "d"), "g": ("f", "d"), "d": ("f", "k")}
+        wide, down = ("k", "d"), ("k", "m")
+        gate = {"x": ("n", "d"), "g": wide}
+        masked = {"h": ("n", "k"), "m": ("k",), "D": down}
         return [
-            Example(before, after, {**shapes, "u": ("f", "d"), "b": ("f",)}, ("g", "u", "d", "b")),
-            Example(squared, as_one, shapes, ("g", "d")),
             Example(
-                every,
-                by_neuron,
-                {"h": ("n", "f"), "m": ("f",), "D": ("f", "k")},
-                ("D",),
-                symbolic=True,
+                before, after, {**gate, "u": wide, "d": down, "b": ("k",)}, ("g", "u", "d", "b")
             ),
+            Example(squared, as_one, {**gate, "d": down}, ("g", "d")),
+            Example(every, by_neuron, masked, ("D",), symbolic=True),
         ]
 
 

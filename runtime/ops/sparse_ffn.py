@@ -21,7 +21,7 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 
@@ -116,6 +116,10 @@ class Spec:
 
     def text(self) -> str:
         return json.dumps(asdict(self))
+
+    def source(self) -> Spec:
+        """What a kernel's source depends on: neither what is measured nor what is counted."""
+        return replace(self, density=1.0, label="")
 
     @classmethod
     @functools.cache
