@@ -2,7 +2,7 @@
 
 Law.   Σⱼ mⱼ act(gⱼx + aⱼ) (uⱼx + bⱼ) dⱼ + c = D[:, C] (act(G[C]x + a[C]) ⊙ (U[C]x + b[C])) + c, for the mask
        m = 1 on the kept neurons C and 0 elsewhere; in a plain network without the factor of U.
-Source Wang et al. 2024, "CFSP" (arXiv:2409.13199), §3; Li et al. 2017, "Pruning Filters for Efficient
+Source Wang et al. 2025, "CFSP" (arXiv:2409.13199); Li et al. 2017, "Pruning Filters for Efficient
        ConvNets" (structured pruning). Which neurons stay, the recipe's method chose.
 Legal  when the values between the first linear maps and the down projection have no other reader, and no
        other node reads the weights. A fused gate and up is cut in both halves, which are found again at their
@@ -61,7 +61,7 @@ class PruneNeurons(Pass):
     law: ClassVar[str] = (
         "D (m ⊙ act(Gx) ⊙ Ux) = D[:, C] (act(G[C]x) ⊙ U[C]x), m = 1 on C, 0 elsewhere"
     )
-    source: ClassVar[str] = "Wang et al. 2024, CFSP, §3; Li et al. 2017, Pruning Filters"
+    source: ClassVar[str] = "Wang et al. 2025, CFSP; Li et al. 2017, Pruning Filters"
     exactness: ClassVar[Exactness] = Exactness.LOSSY
     pays: ClassVar[str] = "the pruned share of a feed-forward network, at every batch size"
     refusals: ClassVar[Mapping[str, str]] = {
@@ -264,8 +264,6 @@ def _holds(node: fx.Node, ffn: FFN, count: int) -> bool:
     value = node.meta["val"]
     if not isinstance(value, torch.Tensor):
         return True  # parts of a fused gate and up, which become slices
-    if not isinstance(value.shape[-1], int):
-        return False
     if ffn.halves is not None and node in ffn.halves:
         return True
     layers = {linear.node for linear in _layers(ffn)}
@@ -285,8 +283,8 @@ def _resize(node: fx.Node, width: int) -> None:
 def _is_first_half(node: fx.Node, size: int) -> bool:
     if node.target is aten.slice.Tensor:
         start: Any = node.args[2] if len(node.args) > 2 else 0
-        return (start or 0) % (2 * size) == 0
-    return node.args[1] == 0
+        return bool((start or 0) % (2 * size) == 0)
+    return bool(node.args[1] == 0)
 
 
 def _is_given(down: Linear, context: Context) -> bool:
