@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -11,30 +11,31 @@ import torch
 from sparsecc.errors import OptionsError, unknown
 
 
-def named(
-    model: torch.nn.Module,
-    patterns: Sequence[str] | str,
-    kinds: type[Any] | tuple[type[Any], ...] = torch.nn.Module,
-) -> dict[str, Any]:
-    """The modules whose names match one of ``patterns`` ("*.mlp.down_proj"), in the model's order.
+def matching(names: Collection[str], patterns: Sequence[str] | str, kind: str) -> list[str]:
+    """Which of ``names`` match one of ``patterns``, in the order of the names.
 
     Args:
-        kinds: of which classes; others of the same names are not meant.
+        kind: what is named, in the words of an error.
     Raises:
-        OptionsError: a pattern matches no such module; the message names the nearest one.
+        OptionsError: there are no patterns, or one matches nothing; the message names the nearest name.
     """
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-    there = {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    if not wanted:
+        raise OptionsError(f"no pattern of a {kind} is given. There are: {', '.join(names)}.")
     for pattern in wanted:
-        if not fnmatch.filter(there, pattern):
-            raise OptionsError(unknown(f"{_words(kinds)} in the model:", pattern, there))
-    return {
-        name: module
-        for name, module in there.items()
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in wanted)
-    }
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise OptionsError(unknown(kind, pattern, names))
+    return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in wanted)]
 
 
-def _words(kinds: type[Any] | tuple[type[Any], ...]) -> str:
-    classes = kinds if isinstance(kinds, tuple) else (kinds,)
-    return " or ".join(kind.__name__ for kind in classes)
+def named(
+    model: torch.nn.Module, patterns: Sequence[str] | str, kind: type[Any] = torch.nn.Module
+) -> dict[str, Any]:
+    """The modules of a class whose names match one of ``patterns`` ("*.mlp.down_proj"), in the model's order.
+
+    Raises:
+        OptionsError: a pattern matches no such module.
+    """
+    there = {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+    words = f"{kind.__name__} of the model:"
+    return {name: there[name] for name in matching(there, patterns, words)}
