@@ -1,0 +1,1 @@
+"""Structured rewrites of feed-forward networks."""
