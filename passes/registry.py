@@ -38,6 +38,8 @@ REWRITES: dict[str, str] = {
     "raise-linear": "sparsecc.passes.quant.raise_linear:RaiseLinear",
     "migrate-channels": "sparsecc.passes.quant.migrate_channels:MigrateChannels",
     "quantize-softmax": "sparsecc.passes.quant.quantize_softmax:QuantizeSoftmax",
+    "sparsify-input": "sparsecc.passes.ffn.sparsify_input:SparsifyInput",
+    "sparsify-ffn": "sparsecc.passes.ffn.sparsify_ffn:SparsifyFFN",
     "fuse-cached-attention": "sparsecc.passes.kv.fuse_cached_attention:FuseCachedAttention",
     "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
     "quantize-linear": "sparsecc.passes.quant.quantize_linear:QuantizeLinear",
@@ -49,7 +51,16 @@ REWRITES: dict[str, str] = {
 FOR_KERNELS = {"fuse-cached-attention": 2**18, "fuse-few-rows": 2**20, "fuse-rows": 2**22}
 
 # They carry out a recipe, and run with one.
-FOR_RECIPES = frozenset({"raise-linear", "migrate-channels", "quantize-softmax", "quantize-linear"})
+FOR_RECIPES = frozenset(
+    {
+        "raise-linear",
+        "migrate-channels",
+        "quantize-softmax",
+        "sparsify-input",
+        "sparsify-ffn",
+        "quantize-linear",
+    }
+)
 
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.
 BY_NAME = frozenset({"layernorm-to-crmsnorm", "balance-channels", *FOR_KERNELS, *FOR_RECIPES})

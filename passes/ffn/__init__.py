@@ -1,0 +1,1 @@
+"""Feed-forward networks of which live neurons alone count."""
