@@ -38,7 +38,9 @@ REWRITES: dict[str, str] = {
     "raise-linear": "sparsecc.passes.quant.raise_linear:RaiseLinear",
     "migrate-channels": "sparsecc.passes.quant.migrate_channels:MigrateChannels",
     "quantize-softmax": "sparsecc.passes.quant.quantize_softmax:QuantizeSoftmax",
-    "prune-neurons": "sparsecc.passes.ffn_structured.prune_neurons:PruneNeurons",
+    "prune-neurons": "sparsecc.passes.ffn.prune_neurons:PruneNeurons",
+    "sparsify-input": "sparsecc.passes.ffn.sparsify_input:SparsifyInput",
+    "sparsify-ffn": "sparsecc.passes.ffn.sparsify_ffn:SparsifyFFN",
     "fuse-cached-attention": "sparsecc.passes.kv.fuse_cached_attention:FuseCachedAttention",
     "skip-zeros": "sparsecc.passes.ffn.skip_zeros:SkipZeros",
     "fuse-few-rows": "sparsecc.passes.linear.fuse_few_rows:FuseFewRows",
@@ -57,7 +59,15 @@ FOR_KERNELS = {
 
 # They carry out a recipe, and run with one.
 FOR_RECIPES = frozenset(
-    {"raise-linear", "migrate-channels", "quantize-softmax", "prune-neurons", "quantize-linear"}
+    {
+        "raise-linear",
+        "migrate-channels",
+        "quantize-softmax",
+        "prune-neurons",
+        "sparsify-input",
+        "sparsify-ffn",
+        "quantize-linear",
+    }
 )
 
 # Exact, but not measured to pay, or a preparation for a pass that is not exact: they run when they are named.

@@ -16,6 +16,8 @@ _LAZY = {
     "rewrite": "sparsecc.export",
     "bake": "sparsecc.export",
     "calibrate": "sparsecc.calibration",
+    "sparsify": "sparsecc.sparsity",
+    "reset_cores": "sparsecc.runtime.ops.cores",
     "load_quantized": "sparsecc.checkpoints",
     "explain": "sparsecc.inspection",
     "verify": "sparsecc.inspection",
@@ -53,7 +55,9 @@ __all__ = [
     "calibrate",
     "explain",
     "load_quantized",
+    "reset_cores",
     "rewrite",
+    "sparsify",
     "verify",
 ]
 
@@ -76,6 +80,8 @@ if TYPE_CHECKING:
     from sparsecc.program import Program
     from sparsecc.recipe import Recipe
     from sparsecc.report.model import Report
+    from sparsecc.runtime.ops.cores import reset_cores
+    from sparsecc.sparsity import sparsify
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ from sparsecc.observe import observe
 from sparsecc.progress import tracked
 from sparsecc.recipe import Recipe
 from sparsecc.simulate import Simulation, simulated
+from sparsecc.simulate_sparse import SparseSimulation
 
 _KEPT = 2**30  # bytes of the model's own outputs that are kept between candidates
 TARGETS = ("bytes", "latency")
@@ -75,12 +76,12 @@ def calibrate(
         recipe = make(name, seen, **_with_skip(given, skip))
         recipe.about |= _sizes(seen, recipe, recipe.sites)
         return recipe
-    first, held = _split(list(batches), held_back)
+    first, held = split(list(batches), held_back)
     seen = observe(model, first, options, progress=progress)
     if target == "latency" and latency is None:
         latency = measured(seen, rows)
     with simulated(model, seen, options) as simulation:
-        judge = _Judge(simulation, METRICS[metric], held, progress)
+        judge = Judge(simulation, METRICS[metric], held, progress)
         searches: list[_Search] = []
         for name, given in chosen.items():
             recipe = make(name, seen, **_with_skip(given, skip))
@@ -121,7 +122,12 @@ def _with_skip(given: Mapping[str, Any], skip: Sequence[str]) -> dict[str, Any]:
     return {**given, "skip": [*skip, *given.get("skip", ())]}
 
 
-def _split(batches: list[Any], held_back: float) -> tuple[list[Any], list[Any]]:
+def split(batches: list[Any], held_back: float) -> tuple[list[Any], list[Any]]:
+    """The batches to observe, and those that measure.
+
+    Raises:
+        CalibrationError: there are not two.
+    """
     if len(batches) < 2:
         raise CalibrationError(
             f"a budget is measured on batches that are held back: at least two are needed, not {len(batches)}."
@@ -130,11 +136,15 @@ def _split(batches: list[Any], held_back: float) -> tuple[list[Any], list[Any]]:
     return batches[:-count], batches[-count:]
 
 
-class _Judge:
+class Judge:
     """Measures the model under a recipe on the batches that were held back."""
 
     def __init__(
-        self, simulation: Simulation, metric: Metric, batches: list[Any], progress: bool | None
+        self,
+        simulation: Simulation | SparseSimulation,
+        metric: Metric,
+        batches: list[Any],
+        progress: bool | None,
     ) -> None:
         self.simulation, self.metric, self.batches = simulation, metric, batches
         self.progress = progress
@@ -148,7 +158,7 @@ class _Judge:
                 break
             self.own.append(found)
 
-    def __call__(self, recipe: Recipe, formats: Mapping[str, str]) -> float:
+    def __call__(self, recipe: Recipe, formats: Mapping[str, str] | None = None) -> float:
         sums = [0.0, 0.0]
         self.simulation.use(recipe, formats)
         for i, batch in enumerate(
@@ -181,7 +191,7 @@ class _Search:
 def _search(
     seen: Observations,
     recipe: Recipe,
-    judge: _Judge,
+    judge: Judge,
     budget: float,
     latency: Mapping[str, Mapping[str, float]] | None,
     limit: float,

@@ -231,7 +231,7 @@ class Observations:
                 about=data["about"],
             )
             for group, facts in data["inputs"].items():
-                vectors = {vector: tensors[f"{vector}/{group}"] for vector in _VECTORS}
+                vectors: Any = {vector: tensors[f"{vector}/{group}"] for vector in _VECTORS}
                 found.inputs[group] = Statistics(
                     facts["size"], found.shard, facts["rows"], **vectors
                 )

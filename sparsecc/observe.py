@@ -68,16 +68,20 @@ def observe(
     for name, site in seen.sites.items():
         if not all(seen.inputs[group].rows for group in site.groups):
             raise CalibrationError(f"{name}: its input has no rows in any batch.")
-    seen.about |= {
-        "parameters": sum(p.numel() for p in model.parameters())
-        if isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
-        else 0,
-        "tied": _tied(model),
-        "versions": {k: v for k, v in versions().items() if k in ("sparsecc", "torch")},
-    }
+    seen.about |= facts(model)
     if resume is not None:
         seen.save(resume)
     return seen
+
+
+def facts(model: Any) -> dict[str, Any]:
+    """What observations note of a model."""
+    whole = isinstance(model, (torch.nn.Module, torch.export.ExportedProgram))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()) if whole else 0,
+        "tied": _tied(model),
+        "versions": {k: v for k, v in versions().items() if k in ("sparsecc", "torch")},
+    }
 
 
 def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -119,7 +123,7 @@ class _Observer:
         known = self.raw.get(at.site)
         if known is weight or at.site in self.seen.left_out:
             return
-        if known is not None and not _equal(known, weight):
+        if known is not None and not same_tensor(known, weight):
             self.seen.left_out.append(at.site)
             del self.seen.sites[at.site]
             return
@@ -163,7 +167,8 @@ def _tied(model: Any) -> dict[str, list[str]]:
     }
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+def same_tensor(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two weights are one, or hold the same numbers."""
     if a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
     same_memory = a.data_ptr() == b.data_ptr() and a.stride() == b.stride()

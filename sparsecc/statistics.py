@@ -32,8 +32,9 @@ class Statistics:
         low, high: least and largest of each feature, fp64 [size].
         total, squares: Σ|x| and Σx² of each feature, fp64 [size].
         bins: how many |x| lie in each step of a logarithmic scale, int64.
-        sample: at most ``ROWS`` rows, fp32 [n, size], each row that was seen being as likely as any other.
+        sample: at most ``most`` rows, fp32 [n, size], each row that was seen being as likely as any other.
         keys: their random keys, int64 [n], ascending; those with the least keys are kept.
+        most: how many sample rows are kept.
     """
 
     size: int
@@ -46,6 +47,7 @@ class Statistics:
     bins: torch.Tensor = field(default_factory=lambda: torch.zeros(_BINS, dtype=torch.int64))
     sample: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     keys: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    most: int = ROWS
 
     def __post_init__(self) -> None:
         if not self.low.numel() and self.size:
@@ -72,9 +74,11 @@ class Statistics:
         self.bins += torch.bincount(_bin(magnitude).flatten(), minlength=_BINS).cpu()
         keys = _random_keys(self.rows, len(x), self.shard)
         # After the first rows hardly any is kept: those that cannot be are not copied.
-        last = self.keys[-1] if len(self.keys) == ROWS else torch.iinfo(torch.int64).max
+        last = torch.iinfo(torch.int64).max
+        if len(self.keys) == self.most > 0:
+            last = int(self.keys[-1])
         chosen = (keys < last).nonzero().flatten()
-        if len(chosen):
+        if len(chosen) and self.most:
             self._keep(keys[chosen], x[chosen.to(x.device)].float().cpu())
         self.rows += len(x)
 
@@ -97,13 +101,14 @@ class Statistics:
             self.bins + other.bins,
             self.sample,
             self.keys,
+            self.most,
         )
         both._keep(other.keys, other.sample)
         return both
 
     def _keep(self, keys: torch.Tensor, rows: torch.Tensor) -> None:
         keys = torch.cat([self.keys, keys])
-        order = torch.argsort(keys, stable=True)[:ROWS]
+        order = torch.argsort(keys, stable=True)[: self.most]
         self.keys, self.sample = keys[order], torch.cat([self.sample, rows])[order]
 
     # ---- what methods read ---------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import fx
@@ -23,12 +23,14 @@ from sparsecc.inspection import fresh_caller
 from sparsecc.log import log
 from sparsecc.options import Options, disabled
 from sparsecc.passes import registry
+from sparsecc.passes.analysis.ffn import find_ffns
 from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.links import Link
 from sparsecc.passes.analysis.sites import named_links, site_name, sites
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
-from sparsecc.program import Program
+from sparsecc.passes.ffn._neurons import between
+from sparsecc.program import Program, target_name
 from sparsecc.report.model import GraphReport
 
 aten = torch.ops.aten
@@ -80,6 +82,38 @@ class Visitor(Protocol):
 
     def site(self, at: At, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor | None:
         """A site is about to run; a result stands for its own."""
+
+
+@dataclass(frozen=True)
+class FFNAt:
+    """A place where a feed-forward network runs.
+
+    Attributes:
+        site: of its down projection.
+        kind: "plain", "gated" or "fused".
+        activation: the operator's name ("silu").
+        out_axis: the axis of the down projection's weight that holds output features.
+    """
+
+    site: str
+    kind: str
+    activation: str
+    out_axis: int
+
+
+@runtime_checkable
+class FFNVisitor(Visitor, Protocol):
+    """Who stands at the down projections of feed-forward networks, too."""
+
+    def ffn(
+        self, at: FFNAt, a: torch.Tensor, h: torch.Tensor, down: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The down projection is about to read ``h`` [..., F]; a result, of its shape, is read instead.
+
+        Args:
+            a: what the activation gave [..., F]; in a plain network it is h.
+            down: the weight by neuron, [F, N].
+        """
 
 
 @contextlib.contextmanager
@@ -144,6 +178,7 @@ class WatchedGraph:
             group = ", ".join(sorted({name for name, _ in read}))
             for i, (name, node) in enumerate(read):
                 self.sites[node.name] = At(name, group, i == 0)
+        self.ffns, self.activations = _ffns(program, analyses, visitor)
         names = {at.site for at in self.sites.values()}
         visitor.graph(sorted(names), link_facts(program, analyses, names))
         self.visitor = visitor
@@ -168,15 +203,57 @@ class _Interpreter(fx.Interpreter):
         super().__init__(graph.main.module, garbage_collect_values=True)
         self.extra_traceback = False  # an error says which site it is; the node's name is of no use
         self.watched = graph
+        self.activated: dict[str, torch.Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.watched.ffns:
+            self._ffn(n)
         at = self.watched.sites.get(n.name)
         if at is None:
-            return super().run_node(n)
+            return self._result(n)
         args, _ = self.fetch_args_kwargs_from_env(n)
         x, weight, bias = (*args, None)[:3]
         result = self.watched.visitor.site(at, x, weight, bias)
         return super().run_node(n) if result is None else result
+
+    def _result(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name in self.watched.activations:  # down, which may stand far behind, is shown it
+            self.activated[n.name] = result
+        return result
+
+    def _ffn(self, n: fx.Node) -> None:
+        """Show the visitor what a down projection is about to read."""
+        at, activation = self.watched.ffns[n.name]
+        visitor = self.watched.visitor
+        assert isinstance(visitor, FFNVisitor)
+        first = n.target is aten.addmm.default
+        x, weight = n.args[first], n.args[first + 1]
+        assert isinstance(x, fx.Node)
+        assert isinstance(weight, fx.Node)
+        h, down = self.env[x], self.env[weight]
+        a = self.activated.pop(activation).reshape(h.shape)
+        result = visitor.ffn(at, a, h, down if at.out_axis else down.t())
+        if result is not None:
+            self.env[x] = result
+
+
+def _ffns(
+    program: Program, analyses: Analyses, visitor: Visitor
+) -> tuple[dict[str, tuple[FFNAt, str]], frozenset[str]]:
+    """By the nodes of down projections, with the nodes of their activations; for a visitor that asks."""
+    found: dict[str, tuple[FFNAt, str]] = {}
+    if isinstance(visitor, FFNVisitor):
+        weights = analyses.get(weight_values)
+        for ffn in find_ffns(program, analyses):
+            site = site_name(program, ffn.down.weight, weights)
+            read_once = all(len(v.users) == 1 for v in (ffn.activation, *between(ffn)))
+            if site and read_once:
+                words = target_name(ffn.activation)
+                words = words.removeprefix("aten.").partition(".")[0]
+                at = FFNAt(site, ffn.kind, words, ffn.down.out_axis)
+                found[ffn.down.node.name] = (at, ffn.activation.name)
+    return found, frozenset(activation for _, activation in found.values())
 
 
 def link_facts(

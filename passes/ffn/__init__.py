@@ -1,1 +1,1 @@
-"""Feed-forward networks: what is dead is not read."""
+"""Feed-forward networks of which live neurons alone count."""

@@ -1,4 +1,4 @@
-"""Methods of post-training quantization: each takes observations and options, and returns a recipe.
+"""Methods of quantization and sparsity: each takes observations and options, and returns a recipe.
 
 A method is a pure function in a file of its own: it decides numbers and touches no model.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sparsecc.errors import CalibrationError, unknown
 
 if TYPE_CHECKING:
+    from sparsecc.ffn_statistics import FFNObservations
     from sparsecc.observations import Observations
     from sparsecc.recipe import Recipe
 
@@ -28,16 +29,27 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lorc": ("lorc", {}),
 }
 
+# Those that say which neurons or features count -> what they look at: "ffn" (``observe_ffn``) or "input"
+# (``observe``). Each is the function in the module of its name.
+SPARSITY: dict[str, str] = {
+    "cats": "ffn",
+    "cett": "ffn",
+    "top": "ffn",
+    "gaussian": "ffn",
+    "coreinfer": "ffn",
+    "teal": "input",
+}
 
-def make(name: str, observations: Observations, **options: Any) -> Recipe:
+
+def make(name: str, observations: Observations | FFNObservations, **options: Any) -> Recipe:
     """The recipe of a method.
 
     Raises:
         CalibrationError: no such method or option; the message names the nearest one.
     """
-    if name not in METHODS:
-        raise CalibrationError(unknown("method", name, METHODS))
-    where, given = METHODS[name]
+    if name not in METHODS and name not in SPARSITY:
+        raise CalibrationError(unknown("method", name, (*METHODS, *SPARSITY)))
+    where, given = METHODS.get(name, (name, {}))
     module = importlib.import_module(f"sparsecc.methods.{where}")
     function = getattr(module, where)
     known = list(function.__annotations__)[1:-1]

@@ -7,7 +7,7 @@ diag(s), where r are the scales of the links that its own rows feed. Methods rou
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,27 +68,48 @@ def start(
     Raises:
         CalibrationError: a pattern matches no site.
     """
+    recipe = empty(method, observations.sites, skip, options)
+    for name in not_skipped(observations.sites, skip):
+        shape = observations.sites[name].shape
+        form = first_that_fits(formats, shape[1])
+        if form is not None:
+            recipe.sites[name], recipe.shapes[name] = form, list(shape)
+    rows = max((s.rows for s in observations.inputs.values()), default=0)
+    note(recipe, observations.about, rows, observations.batches)
+    return recipe
+
+
+def not_skipped(sites: Collection[str], skip: Sequence[str]) -> list[str]:
+    """The sites that no pattern of ``skip`` matches."""
+    return [n for n in sites if not any(fnmatch.fnmatchcase(n, pattern) for pattern in skip)]
+
+
+def empty(
+    method: str, sites: Collection[str], skip: Sequence[str], options: Mapping[str, Any]
+) -> Recipe:
+    """A recipe that says nothing yet.
+
+    Raises:
+        CalibrationError: a pattern of ``skip`` matches no site.
+    """
     from sparsecc.inspection import versions
 
     if isinstance(skip, str):
         raise CalibrationError(f"skip is a list of patterns, not {skip!r}.")
     for pattern in skip:
-        if not fnmatch.filter(observations.sites, pattern):
-            raise CalibrationError(unknown("site", pattern, observations.sites))
+        if not fnmatch.filter(sites, pattern):
+            raise CalibrationError(unknown("site", pattern, sites))
     recipe = Recipe(method, options={**options, "skip": list(skip)})
-    for name, site in observations.sites.items():
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in skip):
-            continue
-        form = first_that_fits(formats, site.shape[1])
-        if form is not None:
-            recipe.sites[name], recipe.shapes[name] = form, list(site.shape)
     recipe.versions = {k: v for k, v in versions().items() if k in ("sparsecc", "torch")}
-    rows = max((s.rows for s in observations.inputs.values()), default=0)
-    parameters = observations.about.get("parameters", 0)
-    recipe.about = {"parameters": parameters, "rows": rows, "batches": observations.batches}
-    if observations.about.get("tied"):
-        recipe.about["tied"] = observations.about["tied"]
     return recipe
+
+
+def note(recipe: Recipe, about: Mapping[str, Any], rows: int, batches: int) -> None:
+    """Of the model and the data, for the record."""
+    parameters = about.get("parameters", 0)
+    recipe.about = {"parameters": parameters, "rows": rows, "batches": batches}
+    if about.get("tied"):
+        recipe.about["tied"] = about["tied"]
 
 
 # ---- scales and shifts of links, as vectors of a site ----------------------------------------------------

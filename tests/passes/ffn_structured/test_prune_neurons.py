@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sparsecc.passes.base import Analyses, Context
-from sparsecc.passes.ffn_structured import prune_neurons
-from sparsecc.passes.ffn_structured.prune_neurons import PruneNeurons
+from sparsecc.passes.ffn import prune_neurons
+from sparsecc.passes.ffn.prune_neurons import PruneNeurons
 from sparsecc.recipe import Recipe
 
 NAME = "prune-neurons"

@@ -1,1 +1,0 @@
-"""Structured rewrites of feed-forward networks."""

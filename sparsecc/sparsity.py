@@ -1,0 +1,124 @@
+"""``sparsify``: from a model and example data to a recipe of which neurons or features count."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sparsecc.calibration import Judge, split
+from sparsecc.errors import CalibrationError, unknown
+from sparsecc.methods import SPARSITY, make
+from sparsecc.metrics import METRICS
+from sparsecc.observe import observe
+from sparsecc.observe_ffn import observe_ffn, unraised
+from sparsecc.recipe import Recipe
+from sparsecc.simulate_sparse import simulated_sparse
+
+_STRENGTH = {"cats": "sparsity", "top": "sparsity", "teal": "sparsity", "cett": "cett"}
+_STEPS = 10  # of the search: the strength is right to 2⁻¹⁰
+
+
+def sparsify(
+    model: Any,
+    batches: Iterable[Any],
+    method: str = "cats",
+    *,
+    budget: float | None = None,
+    metric: str = "perplexity",
+    held_back: float = 0.2,
+    skip: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    progress: bool | None = None,
+    **given: Any,
+) -> Recipe:
+    """Observe ``model`` over ``batches`` and say which neurons, or input features, count.
+
+    With a budget, the method's strength (``sparsity``, or ``cett``: then this is the PPL-p % of Sparsing Law)
+    is one number for all layers: the largest that holds the metric on batches that were not observed.
+
+    Args:
+        model: a module in eval mode, or a function that returns logits.
+        batches: tensors, tuples of arguments or dicts of keyword arguments.
+        method: "cats", "cett", "top", "gaussian", "coreinfer" or "teal" (:mod:`sparsecc.methods`).
+        budget: the largest value of the metric, 0 being the model as it is; None takes the strength as given.
+        metric: "perplexity" (relative increase), "kl", "rmse" or "agreement", as of ``calibrate``.
+        held_back: the share of the batches that measures, with a budget; the last ones.
+        skip: patterns of sites to leave alone.
+        options: of the backend: passes left out there must be left out here.
+        progress: bars on stderr; None where that is a terminal.
+        **given: options of the method.
+    Raises:
+        CalibrationError: the model or the data cannot be calibrated on, an argument is wrong, or the method has
+            no strength to search.
+    """
+    if method not in SPARSITY:
+        raise CalibrationError(unknown("method", method, SPARSITY))
+    given = {**given, "skip": list(skip)}
+    if budget is None:
+        return make(method, _observe(model, batches, method, options, progress), **given)
+    if method not in _STRENGTH:
+        raise CalibrationError(
+            f"method {method!r} has no strength to search; a budget is for {', '.join(_STRENGTH)}."
+        )
+    strength = _STRENGTH[method]
+    if strength in given:
+        raise CalibrationError(f"give a budget or {strength}={given[strength]!r}, not both.")
+    if not 0 < budget < math.inf:
+        raise CalibrationError(f"a budget is a number above 0, not {budget}.")
+    if metric not in METRICS:
+        raise CalibrationError(unknown("metric", metric, METRICS))
+    if not 0 < held_back < 1:
+        raise CalibrationError(f"held_back is a share between 0 and 1, not {held_back}.")
+    first, held = split(list(batches), held_back)
+    seen = _observe(model, first, method, options, progress)
+    tried: list[dict[str, Any]] = []
+    best, measured = make(method, seen, **given, **{strength: 0.0}), 0.0
+    with simulated_sparse(model, options) as simulation:
+        judge = Judge(simulation, METRICS[metric], held, progress)
+        low, high = 0.0, 1.0
+        for _ in range(_STEPS):
+            middle = (low + high) / 2
+            recipe = make(method, seen, **given, **{strength: middle})
+            value = judge(recipe)
+            holds = value <= budget  # a NaN does not
+            tried.append(
+                {
+                    "method": method,
+                    strength: middle,
+                    "density": density(recipe),
+                    "measured": value if math.isfinite(value) else None,
+                    "held": holds,
+                }
+            )
+            if holds:
+                low, best, measured = middle, recipe, value
+            else:
+                high = middle
+    best.tried = tried
+    best.budget = {
+        "metric": metric,
+        "increase": budget,
+        "measured": measured,
+        "batches": len(held),
+        "held": any(entry["held"] for entry in tried),
+    }
+    return best
+
+
+def density(recipe: Recipe) -> float:
+    """The mean share of neurons or features that count, over the sites of a recipe."""
+    shares = [float(each["density"]) for each in recipe.sparsity.values()]
+    return sum(shares) / max(1, len(shares))
+
+
+def _observe(
+    model: Any,
+    batches: Iterable[Any],
+    method: str,
+    options: Mapping[str, Any] | None,
+    progress: bool | None,
+) -> Any:
+    if SPARSITY[method] == "ffn":
+        return observe_ffn(model, batches, options, progress=progress)
+    return observe(model, batches, unraised(options), progress=progress)
