@@ -34,40 +34,56 @@ struct DenseDown : Dense<T> {
   }
 };
 
+inline Vector load_levels(const int8_t* address) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)address)));
+#elif defined(__AVX2__)
+  return (Vector)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)address)));
+#else
+  typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+  Narrow narrow;
+  std::memcpy(&narrow, address, sizeof narrow);
+  return __builtin_convertvector(__builtin_convertvector(narrow, Ints), Vector);
+#endif
+}
+
 // Bytes; the scale of a neuron is a factor of its h.
 struct Int8Down : Int8 {
   float factor(int64_t i) const { return scale[i]; }
 
   template <int rows, int count>
   inline void add(const Gathered& n, const float* h, int64_t beside, float* out, int64_t apart) const {
-    typedef int8_t Narrow __attribute__((vector_size(kLanes)));
     const auto ahead = n.template ahead<count>(values, size);
     const int8_t* w[count];
     for (int r = 0; r < count; ++r) w[r] = values + n[r] * size;
-    int64_t k = 0;
-    for (; k + kLanes <= size; k += kLanes) {
+    const auto step = [&](int64_t k) {
       Vector sums[rows];
 #pragma GCC unroll 8
       for (int c = 0; c < rows; ++c) sums[c] = load(out + c * apart + k);
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
-        Narrow narrow;
-        std::memcpy(&narrow, w[r] + k, sizeof narrow);
-        const Vector row = __builtin_convertvector(__builtin_convertvector(narrow, Ints), Vector);
-        ahead.template ask<kLanes>(k, r);
+        const Vector row = load_levels(w[r] + k);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) sums[c] += row * h[c * beside + r];
       }
 #pragma GCC unroll 8
       for (int c = 0; c < rows; ++c) std::memcpy(out + c * apart + k, &sums[c], sizeof sums[c]);
+    };
+    int64_t k = 0;
+    for (; k + 64 <= size; k += 64) {
+#pragma GCC unroll 8
+      for (int r = 0; r < count; ++r) ahead.template ask<64>(k, r);
+#pragma GCC unroll 16
+      for (int v = 0; v < 64; v += kLanes) step(k + v);
     }
+    for (; k + kLanes <= size; k += kLanes) step(k);
     for (; k < size; ++k)
       for (int r = 0; r < count; ++r)
         for (int c = 0; c < rows; ++c) out[c * apart + k] += float(w[r][k]) * h[c * beside + r];
   }
 };
 
-// Nibbles, widened.
+// Nibbles, widened to q - 8. What a zero differs from that by is one addend for each group, whatever the neurons.
 template <int group, bool zeros>
 struct Int4Down : Int4<group, zeros> {
   static constexpr int half = group / 2;
@@ -79,38 +95,58 @@ struct Int4Down : Int4<group, zeros> {
     const auto ahead = n.template ahead<count>(this->packed, groups * half);
     n.template ask_all<count>(this->scale, sizeof(Half) * groups);
     if constexpr (zeros) n.template ask_all<count>(this->zero, sizeof(Half) * groups);
-    for (int64_t g = 0; g < groups; ++g) {
-      float* to = out + g * group;
-      float by[count], zero[count];
+    const uint8_t* w[count];
+    for (int r = 0; r < count; ++r) w[r] = this->packed + n[r] * groups * half;
+    alignas(64) float by[count][rows][kLanes], shift[rows][kLanes];
+    const auto some = [&](int64_t first, int64_t last, auto lanes) {
+      Vector addend[rows] = {};
 #pragma GCC unroll 8
       for (int r = 0; r < count; ++r) {
-        by[r] = widen(this->scale[n[r] * groups + g]);
-        zero[r] = zeros ? widen(this->zero[n[r] * groups + g]) : 8;
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < half; j += kLanes) {
-        Vector first[rows], second[rows];
-#pragma GCC unroll 8
-        for (int c = 0; c < rows; ++c) first[c] = load(to + c * apart + j), second[c] = load(to + c * apart + half + j);
-#pragma GCC unroll 8
-        for (int r = 0; r < count; ++r) {
-          Vector low, high;
-          Levels(zero[r]).unpack(this->packed + (n[r] * groups + g) * half + j, &low, &high);
-          ahead.template ask<kLanes>(g * half + j, r);
-#pragma GCC unroll 8
-          for (int c = 0; c < rows; ++c) {
-            const float times = h[c * beside + r] * by[r];
-            first[c] += low * times;
-            second[c] += high * times;
-          }
-        }
+        for (int64_t at = first * half; at < last * half; at += 64) ahead.template ask<64>(at, r);
+        const int64_t g = n[r] * groups + first;
+        const Vector scales = sparsecc::load((const sparsecc::Float16*)this->scale + g, lanes);
 #pragma GCC unroll 8
         for (int c = 0; c < rows; ++c) {
-          std::memcpy(to + c * apart + j, &first[c], sizeof first[c]);
-          std::memcpy(to + c * apart + half + j, &second[c], sizeof second[c]);
+          const Vector times = scales * h[c * beside + r];
+          std::memcpy(by[r][c], &times, sizeof times);
+          if constexpr (zeros)
+            addend[c] += times * (8 - sparsecc::load((const sparsecc::Float16*)this->zero + g, lanes));
         }
       }
-    }
+      std::memcpy(shift, addend, sizeof addend);
+      const Levels levels(8);
+      for (int64_t g = first; g < last; ++g) {
+        float* to = out + g * group;
+#pragma GCC unroll 8
+        for (int j = 0; j < half; j += kLanes) {
+          Vector low_sums[rows], high_sums[rows];
+#pragma GCC unroll 8
+          for (int c = 0; c < rows; ++c) {
+            const float addend = zeros ? shift[c][g - first] : 0;
+            low_sums[c] = load(to + c * apart + j) + addend;
+            high_sums[c] = load(to + c * apart + half + j) + addend;
+          }
+#pragma GCC unroll 8
+          for (int r = 0; r < count; ++r) {
+            Vector low, high;
+            levels.unpack(w[r] + g * half + j, &low, &high);
+#pragma GCC unroll 8
+            for (int c = 0; c < rows; ++c) {
+              low_sums[c] += low * by[r][c][g - first];
+              high_sums[c] += high * by[r][c][g - first];
+            }
+          }
+#pragma GCC unroll 8
+          for (int c = 0; c < rows; ++c) {
+            std::memcpy(to + c * apart + j, &low_sums[c], sizeof low_sums[c]);
+            std::memcpy(to + c * apart + half + j, &high_sums[c], sizeof high_sums[c]);
+          }
+        }
+      }
+    };
+    int64_t g = 0;
+    for (; g + kLanes <= groups; g += kLanes) some(g, g + kLanes, sparsecc::All{});
+    if (g < groups) some(g, groups, sparsecc::First{int(groups - g)});
   }
 };
 

@@ -105,6 +105,11 @@ def _inputs(spec: Spec, many: bool) -> dict[str, str]:
     return dict(weight_formats.activations(form, many) for form in spec.kept)
 
 
+def _input(spec: Spec, i: int, many: bool = False) -> str:
+    """Name of the activations that weight i reads."""
+    return weight_formats.activations(spec.kept[i], many)[0]
+
+
 def _job(spec: Spec, dtype: torch.dtype, many: bool) -> str:
     """What threads get: weights, activations, and where the blocks of each output end."""
     lines = [f"  {weight_formats.struct(form, dtype)} w{i};" for i, form in enumerate(spec.kept)]
@@ -163,7 +168,7 @@ def _output(spec: Spec, j: int, dtype: torch.dtype) -> str:
     weights = spec.weights(j)
     products = "\n".join(
         f"      float p{i}[kBlock * kRows];\n"
-        f"      products(job.w{i}, Following{{n}}, count, job.{weight_formats.activations(spec.kept[i])[0]}, m, rows, p{i});"
+        f"      products(job.w{i}, Following{{n}}, count, job.{_input(spec, i)}, m, rows, p{i});"
         for i in weights
     )
     values = {f"p{i}": f"p{i}[r * kRows + c]" for i in weights}
@@ -219,7 +224,7 @@ def _tiles(spec: Spec, j: int, dtype: torch.dtype) -> str:
     ]
     packs = " ".join(f"panel{i}.pack(n, count);" for i in weights)
     products = "\n".join(
-        f"    products(panel{i}, job.{weight_formats.activations(spec.kept[i], True)[0]}, job.bands, first, last, p{i});"
+        f"    products(panel{i}, job.{_input(spec, i, many=True)}, job.bands, first, last, p{i});"
         for i in weights
     )
     values = {f"p{i}": f"load(p{i} + c * kTile + r)" for i in weights}

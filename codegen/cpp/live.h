@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int64_t kChunks = 16;     // at most
-constexpr int64_t kMostRows = 16;   // of x
+constexpr int64_t kTogether = 64;   // neurons after which live ones are looked for
 constexpr int64_t kColumns = 1024;  // of the sums that are added up at a time
 constexpr int64_t kSums = 1 << 17;  // that are worth a thread
 
@@ -101,21 +101,16 @@ class Worker {
         live_(width_), at_(width_), numbers_(width_ + kMostAhead + kBlock), p_(rows_ * width_), a_(rows_ * width_),
         v_(Law::kOperands * width_) {}
 
-  // The activations of a chunk, as they come before a selection.
+  // The activations of a chunk; where something selects among them, as they come before.
   void activate(const Chunk& some) {
     gather_operands(some);
-    if constexpr (Law::kGate) {
-      const auto& w = job_.weights;
-      float* to = job_.row(0, some);
-      if (call_.only)
-        multiply(w.gate, Gathered{job_.only.data() + some.begin}, some.count, w.gate_input, rows_, to, job_.apart);
-      else
-        multiply(w.gate, Following{some.begin}, some.count, w.gate_input, rows_, to, job_.apart);
-    } else {
-      for (int64_t m = 0; m < rows_; ++m)
-        gather(static_cast<const Stored*>(call_.x) + m * call_.size, some, job_.row(m, some));
+    found_ = uses_ = 0;
+    for (int64_t i = 0; i < some.count; i += kTogether) {
+      const int64_t end = std::min(i + kTogether, some.count);
+      multiply_gate(some, i, end);
+      apply(some, i, end, [](Vector p0, const Vector* v) { return Law::activation(p0, v); });
+      if constexpr (!Law::kSelects) list(some, i, end);
     }
-    apply(some, [](Vector p0, const Vector* v) { return Law::activation(p0, v); });
   }
 
   // What follows it: the sums of a chunk.
@@ -123,15 +118,19 @@ class Worker {
     Chunk& some = job_.chunk[c];
     if constexpr (Law::kSelects) {
       gather_operands(some);
-      apply(some, [](Vector a, const Vector* v) { return Law::after(a, v); });
+      found_ = uses_ = 0;
+      apply(some, 0, some.count, [](Vector a, const Vector* v) { return Law::after(a, v); });
+      list(some, 0, some.count);
     }
-    list(some);
-    if (!some.live) return;
+    some.live = found_;
+    some.uses = uses_;
+    if (!found_) return;
+    gather_live(some);
     const auto& w = job_.weights;
     if constexpr (Law::kUp)
-      multiply(w.up, Gathered{numbers_.data()}, some.live, w.up_input, rows_, p_.data(), width_);
-    hide(some.live);
-    const int64_t kept = compact(some.live);
+      multiply(w.up, Gathered{numbers_.data()}, found_, w.up_input, rows_, p_.data(), width_);
+    hide();
+    const int64_t kept = compact();
     some.adds = kept > 0;
     if (!kept) return;
     for (int64_t m = 0; m < rows_; ++m) std::fill_n(job_.sum(c, m), job_.out_apart, 0.0f);
@@ -141,21 +140,36 @@ class Worker {
  private:
   using Stored = typename Law::Stored;
 
-  // Elements of a vector over neurons, those of a chunk.
-  void gather(const Stored* from, const Chunk& some, float* to) {
-    if (call_.only) {
-      for (int64_t i = 0; i < some.count; ++i)
-        to[i] = sparsecc::load(from + job_.only[some.begin + i], sparsecc::First{1})[0];
+  void multiply_gate(const Chunk& some, int64_t i, int64_t end) {
+    float* to = job_.row(0, some) + i;
+    if constexpr (Law::kGate) {
+      const auto& w = job_.weights;
+      const int64_t begin = some.begin + i;
+      if (call_.only)
+        multiply(w.gate, Gathered{job_.only.data() + begin}, end - i, w.gate_input, rows_, to, job_.apart);
+      else
+        multiply(w.gate, Following{begin}, end - i, w.gate_input, rows_, to, job_.apart);
     } else {
-      over_lanes(int(some.count), [&](int i, auto lanes) {
-        sparsecc::store(to + i, sparsecc::load(from + some.begin + i, lanes), lanes);
+      for (int64_t m = 0; m < rows_; ++m)
+        gather(static_cast<const Stored*>(call_.x) + m * call_.size, some.begin + i, end - i, to + m * job_.apart);
+    }
+  }
+
+  // Elements of a vector over neurons, those of some candidates.
+  void gather(const Stored* from, int64_t begin, int64_t count, float* to) {
+    if (call_.only) {
+      for (int64_t i = 0; i < count; ++i)
+        to[i] = sparsecc::load(from + job_.only[begin + i], sparsecc::First{1})[0];
+    } else {
+      over_lanes(int(count), [&](int i, auto lanes) {
+        sparsecc::store(to + i, sparsecc::load(from + begin + i, lanes), lanes);
       });
     }
   }
 
   void gather_operands(const Chunk& some) {
     for (int j = 0; j < Law::kOperands; ++j)
-      gather(static_cast<const Stored*>(call_.operands[j]), some, operands_.data() + j * width_);
+      gather(static_cast<const Stored*>(call_.operands[j]), some.begin, some.count, operands_.data() + j * width_);
   }
 
   template <class Lanes>
@@ -164,37 +178,53 @@ class Worker {
   }
 
   template <class Function>
-  void apply(const Chunk& some, Function function) {
+  void apply(const Chunk& some, int64_t begin, int64_t end, Function function) {
     for (int64_t m = 0; m < rows_; ++m) {
-      float* a = job_.row(m, some);
-      over_lanes(int(some.count), [&](int i, auto lanes) {
+      float* a = job_.row(m, some) + begin;
+      over_lanes(int(end - begin), [&](int i, auto lanes) {
         Vector v[Law::kOperands + 1];
-        load_operands(operands_.data() + i, width_, lanes, v);
+        load_operands(operands_.data() + begin + i, width_, lanes, v);
         sparsecc::store(a + i, function(sparsecc::load(a + i, lanes), v), lanes);
       });
     }
   }
 
-  // The neurons that are live for any row, with what belongs to them side by side.
-  void list(Chunk& some) {
-    std::fill_n(live_.data(), some.count, 0);
+  // Adds to the list the neurons that are live for any row. The first rows of up and down are asked for at once, for
+  // nothing comes before them that could; Gathered asks for the others.
+  void list(const Chunk& some, int64_t begin, int64_t end) {
+    int32_t* live = live_.data();
+    std::fill(live + begin, live + end, 0);
     for (int64_t m = 0; m < rows_; ++m) {
       const float* a = job_.row(m, some);
-      int32_t* live = live_.data();
-      for (int64_t i = 0; i < some.count; ++i) live[i] += a[i] != 0;
+      for (int64_t i = begin; i < end; ++i) live[i] += a[i] != 0;
     }
-    int64_t found = 0, uses = 0;
-    for (int64_t i = 0; i < some.count; ++i) {
-      at_.data()[found] = i;
-      found += live_.data()[i] != 0;
-      uses += live_.data()[i];
+    const int64_t before = found_;
+    for (int64_t i = begin; i < end; ++i) {
+      at_.data()[found_] = i;
+      found_ += live[i] != 0;
+      uses_ += live[i];
     }
-    some.live = found;
-    some.uses = uses;
-    for (int64_t l = 0; l < found; ++l) numbers_.data()[l] = job_.neuron(some.begin + at_.data()[l]);
-    pad(found);
-    for (int64_t m = 0; m < rows_; ++m) pick(job_.row(m, some), found, a_.data() + m * width_);
-    for (int j = 0; j < Law::kOperands; ++j) pick(operands_.data() + j * width_, found, v_.data() + j * width_);
+    const auto& w = job_.weights;
+    for (int64_t l = before; l < found_; ++l) {
+      const int64_t neuron = numbers_.data()[l] = job_.neuron(some.begin + at_.data()[l]);
+      if constexpr (Law::kUp) ask_row(w.up, neuron, l);
+      ask_row(w.down, neuron, l);
+    }
+  }
+
+  template <class Weight>
+  static void ask_row(const Weight& w, int64_t neuron, int64_t number) {
+    const int64_t bytes = w.row_bytes();
+    if (number >= rows_ahead(bytes)) return;
+    const char* row = static_cast<const char*>(w.row(neuron));
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+
+  // What belongs to live neurons side by side.
+  void gather_live(const Chunk& some) {
+    pad(found_);
+    for (int64_t m = 0; m < rows_; ++m) pick(job_.row(m, some), found_, a_.data() + m * width_);
+    for (int j = 0; j < Law::kOperands; ++j) pick(operands_.data() + j * width_, found_, v_.data() + j * width_);
   }
 
   void pick(const float* from, int64_t count, float* to) {
@@ -206,9 +236,9 @@ class Worker {
   }
 
   // h in place of p1; nothing for a row that a neuron is dead for.
-  void hide(int64_t live) {
+  void hide() {
     for (int64_t m = 0; m < rows_; ++m)
-      over_lanes(int(live), [&](int i, auto lanes) {
+      over_lanes(int(found_), [&](int i, auto lanes) {
         float* p = p_.data() + m * width_ + i;
         Vector v[Law::kOperands + 1];
         load_operands(v_.data() + i, width_, lanes, v);
@@ -219,9 +249,9 @@ class Worker {
   }
 
   // Without the neurons whose h is zero for all rows, and with the factors of the others in it.
-  int64_t compact(int64_t live) {
+  int64_t compact() {
     int64_t kept = 0;
-    for (int64_t l = 0; l < live; ++l) {
+    for (int64_t l = 0; l < found_; ++l) {
       const int64_t neuron = numbers_.data()[l];
       const float factor = job_.weights.down.factor(neuron);
       bool any = false;
@@ -241,6 +271,7 @@ class Worker {
   Job<Law>& job_;
   const SparseFfn& call_;
   const int64_t rows_, width_;
+  int64_t found_ = 0, uses_ = 0;   // live neurons of the chunk so far
   Scratch<float> operands_;  // [operands, width], of the chunk
   Scratch<int32_t> live_;    // rows that a neuron is live for
   Scratch<int64_t> at_, numbers_;  // of live neurons: their places in the chunk, their numbers

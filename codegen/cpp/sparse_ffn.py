@@ -1,8 +1,8 @@
-"""C++ for ``sparsecc::sparse_ffn``: gate rows stream by, and of up and down the rows of live neurons alone are read.
+"""C++ for ``sparsecc::sparse_ffn``: the gate is read whole, and of up and down the rows of live neurons alone.
 
-Neurons are cut into a fixed number of chunks, each with sums of its own that are added up in order at the end, so
-that the bits do not depend on the threads (``live.h``). Where nothing selects among all neurons, a chunk goes from
-gate to down without waiting for another.
+Neurons are cut into a fixed number of chunks, each with sums of its own that are added up in order at the end,
+so that the bits do not depend on the threads (``live.h``). Where nothing selects among all neurons, a chunk
+goes from gate to down without waiting for another.
 
 Counts of live neurons are kept for every label of a spec (:func:`counters`).
 """
@@ -137,7 +137,9 @@ const SparseFfnKernel kernel = {{
 
 }}  // namespace
 
-extern "C" __attribute__((visibility("default"))) const SparseFfnKernel* sparse_ffn_kernel() {{ return &kernel; }}
+extern "C" __attribute__((visibility("default"))) const SparseFfnKernel* sparse_ffn_kernel() {{
+  return &kernel;
+}}
 """
 
 
@@ -229,13 +231,14 @@ def _weights(spec: Spec, dtype: torch.dtype) -> str:
 def _checks(spec: Spec) -> str:
     """What the generic operator cannot know."""
     lines = [
-        f'  if (call->rows > {MOST_ROWS}) return "more than {MOST_ROWS} rows: dense products are faster there";'
+        f'  if (call->rows > {MOST_ROWS}) return "more than {MOST_ROWS} rows: compute all neurons";'
     ]
     if spec.select:
         lines.append('  if (call->only) return "a core beside a selection over all neurons";')
     if not spec.gate:
         lines.append(
-            '  if (call->size != call->neurons) return "x has no gate, and not a value for each neuron of down";'
+            "  if (call->size != call->neurons) "
+            'return "x, without a gate, has not a value for each neuron";'
         )
     lines += weight_formats.checks(spec.kept[:-1])
     lines += weight_formats.checks(spec.kept[-1:], "call->out_size", "down")

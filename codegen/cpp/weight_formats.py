@@ -1,4 +1,4 @@
-"""How the formats of weights (``runtime/ops/formats.py``) are written in C++: their structs, tensors and inputs."""
+"""How the formats of weights (``runtime/ops/formats.py``) are written in C++: structs, tensors, inputs."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def activations(form: Format, many: bool = False) -> tuple[str, str]:
 
 def arranged(forms: Sequence[Format], many: bool = False) -> list[str]:
     """The statements that arrange activations in groups as the formats read them, behind :func:`prologue`."""
-    found = {}
+    found = []
     for form in forms:
         if form.together:
             name, kind = activations(form, many)
-            found[f"const {kind} {name}{{{_quantized(form)}}};"] = None
-    return list(found)
+            found.append(f"const {kind} {name}{{{_quantized(form)}}};")
+    return list(dict.fromkeys(found))
 
 
 def weight(form: Format, slot: slice, dtype: torch.dtype, size: str = "call->size") -> str:

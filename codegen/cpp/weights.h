@@ -37,6 +37,10 @@ struct Following {
 
 constexpr int64_t kMostAhead = 32;  // rows
 
+inline int64_t rows_ahead(int64_t row_bytes) {
+  return std::clamp<int64_t>(kAhead / std::max<int64_t>(row_bytes, 1), kBlock, kMostAhead);
+}
+
 // Rows by number. No prefetcher knows those after them, so these are asked for; `rows` goes on for kMostAhead + kBlock
 // numbers behind the last one.
 struct Gathered {
@@ -52,7 +56,7 @@ struct Gathered {
   };
   template <int count>
   inline Ahead<count> ahead(const void* values, int64_t row_bytes) const {
-    const int64_t* next = rows + std::clamp<int64_t>(kAhead / std::max<int64_t>(row_bytes, 1), count, kMostAhead);
+    const int64_t* next = rows + rows_ahead(row_bytes);
     Ahead<count> found;
     for (int r = 0; r < count; ++r) found.from[r] = static_cast<const char*>(values) + next[r] * row_bytes;
     return found;
@@ -71,6 +75,8 @@ struct Dense {
   using Input = Floats;
   const T* values;
   int64_t size;
+  int64_t row_bytes() const { return sizeof(T) * size; }
+  const void* row(int64_t n) const { return values + n * size; }
 
   template <int rows, int count, class Which>
   inline void dots(const Floats& y, int64_t m, const Which& n, float* out) const {
@@ -116,6 +122,8 @@ struct Int8 {
   const int8_t* values;
   const float* scale;  // [features]
   int64_t size;
+  int64_t row_bytes() const { return size; }
+  const void* row(int64_t n) const { return values + n * size; }
 
   template <int rows, int count, class Which>
   inline void dots(const Quantized& y, int64_t m, const Which& n, float* out) const {
@@ -234,6 +242,8 @@ struct Int4A8 {
   const Half* scale;
   const Half* zero;
   int64_t size;
+  int64_t row_bytes() const { return size / 2; }  // without its scales
+  const void* row(int64_t n) const { return packed + n * size / 2; }
 
   template <int rows, int count, class Which>
   inline void dots(const Arranged<group>& y, int64_t m, const Which& n, float* out) const {
@@ -333,6 +343,8 @@ struct Int4 {
   const Half* scale;
   const Half* zero;
   int64_t size;
+  int64_t row_bytes() const { return size / 2; }  // without its scales
+  const void* row(int64_t n) const { return packed + n * size / 2; }
 
   template <int rows, int count, class Which>
   inline void dots(const Floats& y, int64_t m, const Which& n, float* out) const {

@@ -81,7 +81,8 @@ Tensor sparse_ffn(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> ope
             "only must be int64 [candidates] on CPU");
     *only = torch::stable::contiguous(*only);
     call.candidates = only->size(0);
-    call.only = static_cast<const int64_t*>(only->const_data_ptr());
+    static const int64_t none = 0;  // an empty tensor may have no address, which would mean all neurons
+    call.only = call.candidates ? static_cast<const int64_t*>(only->const_data_ptr()) : &none;
     for (int64_t i = 0; i < call.candidates; ++i)
       require(call.only[i] >= 0 && call.only[i] < call.neurons && (!i || call.only[i - 1] < call.only[i]),
               "only must be ascending numbers of the " + std::to_string(call.neurons) + " neurons");

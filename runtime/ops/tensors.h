@@ -23,7 +23,7 @@ template <class Kernel>
 const void* data(const Kernels<Kernel>& kernels, Tensor& tensor, ElementType type, const std::string& name) {
   kernels.require(tensor.scalar_type() == kTypes[type] && tensor.is_cpu(),
                   name + " must be " + kTypeNames[type] + " on CPU");
-  tensor = torch::stable::contiguous(tensor);
+  if (!tensor.is_contiguous()) tensor = torch::stable::contiguous(tensor);
   return tensor.const_data_ptr();
 }
 
