@@ -68,8 +68,11 @@ def test_more_tokens_and_longer_caches_than_one_program_takes(
     sizes = (1, 34, 70, 36), (26, 1, 300, 250)
     if INTERPRETED:  # as few programs, of several tiles each, for one sequence as there are for 26
         sizes = (1, 34, 70, 36), (1, 1, 300, 250)
-        monkeypatch.setattr(generator, "_PROGRAMS", 20)
-    check(run, *(case("odd", b, t, s, mask, start, dtype=dtype) for b, t, s, start in sizes))
+        monkeypatch.setattr(generator, "_PROGRAMS", 8)
+    args = [case("odd", b, t, s, mask, start, dtype=dtype) for b, t, s, start in sizes]
+    cut = launch.Problem.of(args[1][0], args[1][7], args[1][9]).configs()[0]
+    assert cut.block_s < generator.chunk(2 * sizes[1][0], 300, cut) < 300
+    check(run, *args)
 
 
 CUTS = in_turn([(1,), (7,), (7,), (1,)] if INTERPRETED else [(1,), (7,)], list(DTYPES))
