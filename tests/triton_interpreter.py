@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,16 @@ from triton.language import bfloat16, core
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
+
+
+def in_turn(cases: Iterable[tuple[Any, ...]], axis: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Each case with each value on a GPU; in the interpreter, which is slow, with one of them, in turn."""
+    if not INTERPRETED:
+        return [(*case, value) for case, value in itertools.product(cases, axis)]
+    size = len(
+        axis
+    )  # a turn begins one further than the last: cases whose number size divides meet all
+    return [(*case, axis[(i + i // size) % size]) for i, case in enumerate(cases)]
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -187,6 +187,14 @@ def test_of_equal_activations_the_first_stay(k: int) -> None:
     assert int((got != 0).sum()) == min(k, 6)
 
 
+def test_nan_is_among_the_largest() -> None:
+    x, weights, *_ = identity("keep", [1.0, 3.0, torch.nan, 2.0])
+    for k in (1, 2):
+        text = Spec("p0", "a", select=f"top {k}").text()
+        assert run(x, weights, [], None, text).isnan().all()
+        assert exact((x, weights, [], None, text)).isnan().all()
+
+
 SPECIAL = [(name, torch.nan) for name in ("relu", "cats", "gaussian", "top", "inputs")]
 SPECIAL += [(name, sign * torch.inf) for name, sign in (("relu", 1), ("inputs", -1))]
 
