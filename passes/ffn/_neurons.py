@@ -223,4 +223,4 @@ def vector(build: WeightBuilder, value: torch.Tensor, size: int, dtype: torch.dt
 def few(rows: Iterable[Any], most: int) -> bool:
     """Whether sizes are known, and at most ``most`` rows together, and one at least."""
     sizes = list(rows)
-    return all(isinstance(s, int) for s in sizes) and 1 <= math.prod(sizes) <= most
+    return all(isinstance(s, int) for s in sizes) and bool(1 <= math.prod(sizes) <= most)
