@@ -84,6 +84,16 @@ def test_a_weight_by_columns_is_turned() -> None:
     assert torch.equal(found.down, flat.v.detach())
 
 
+def test_a_tied_weight_has_another_name_in_another_graph() -> None:
+    net = decoder(outliers=(), tied=True)
+    recipe = sparsecc.sparsify(net, token_batches(2), "teal")
+    (name,) = {"embed.weight", "head.weight"} & recipe.sparsity.keys()
+    (other,) = {"embed.weight", "head.weight"} - {name}
+    renamed = recipe.under({other})
+    assert renamed.sparsity[other] == recipe.sparsity[name]
+    assert torch.equal(renamed.thresholds[other], recipe.thresholds[name])
+
+
 def test_what_cannot_be_observed() -> None:
     with pytest.raises(CalibrationError, match="no feed-forward network"):
         observe_ffn(nn.Linear(D, D).eval(), BATCHES)
@@ -134,8 +144,9 @@ def statistics(h: torch.Tensor, down: torch.Tensor) -> FFNStatistics:
 
 
 def cett_of(ffn: FFNStatistics, limit: float) -> float:
-    h = ffn.h.sample.double()
-    return left_out(h, ffn.down.double(), h.abs() * ffn.norms <= limit)
+    h = ffn.h.sample
+    small = h.double().abs() * ffn.norms <= limit
+    return left_out(h, ffn.down, small, h @ ffn.down)
 
 
 def test_cett_is_what_is_left_out_of_the_output() -> None:
