@@ -426,6 +426,8 @@ def test_recipes_that_do_not_fit() -> None:
         (recipe(law="activation"), "needs thresholds"),
         (recipe(law="hidden", t=torch.ones(5)), "needs thresholds"),
         (recipe(law="core", alpha=0.4), "needs neurons"),
+        (recipe(law="core", core=CORE), "needs alpha"),
+        (recipe(law="gaussian", on="gate"), "on 'input' or 'output', not 'gate'"),
         (recipe(law="top"), "needs k"),
         (recipe(shape=(D, 7), law="activation", t=T), "of another model"),
     ):
