@@ -56,20 +56,24 @@ def run(
 
 def _say_if_unnamed(program: Program, passes: Sequence[Pass], report: GraphReport) -> None:
     """Warn where a recipe has nothing to say of any layer."""
-    for rewriting in passes:
+    asked = [p for p in passes if p.name in registry.FOR_RECIPES and p.name != "quantize-softmax"]
+    if any(report.passes[rewriting.name].matches for rewriting in asked):
+        return
+    for rewriting in asked:
         recipe = getattr(rewriting, "recipe", None)
-        if rewriting.name != "quantize-linear" or report.passes[rewriting.name].matches:
+        if not isinstance(recipe, Recipe) or not (recipe.sites or recipe.sparsity):
             continue
         found = Analyses(program).get(sites)
-        if found and isinstance(recipe, Recipe) and recipe.sites:
+        if found:
             log.warning(
                 "the recipe (%r) names none of this graph's %d linear layers: %s here, %s there. Another "
                 "model, or a part behind a graph break, whose names begin at that part.",
                 recipe.method,
                 len(found),
                 found[0].name,
-                next(iter(recipe.sites)),
+                next(iter({**recipe.sites, **recipe.sparsity})),
             )
+        return
 
 
 def _under_names_of(program: Program, rewriting: Pass) -> Pass:

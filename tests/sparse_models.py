@@ -42,8 +42,11 @@ class FFN(nn.Module):
             return self.up(x), None
         if self.kind == "gated":
             return self.gate(x), self.up(x)
-        gate, up = self.up(x).chunk(2, -1)
-        return (gate, up) if self.kind == "fused" else (up, gate)
+        both = self.up(x)
+        if self.kind == "swapped":
+            return both[..., -NEURONS:], both[..., :-NEURONS]
+        gate, up = both.chunk(2, -1)
+        return gate, up
 
     def hidden(self, x: torch.Tensor) -> torch.Tensor:
         z, u = self.parts(x)

@@ -123,8 +123,10 @@ def rows_of(ffn: FFN, program: Program, weights: WeightValues) -> tuple[Rows, Ro
 
 def _is_first_half(node: fx.Node) -> bool:
     if node.target is operator.getitem:
-        return node.args[1] == 0
-    return not (node.args[2] if len(node.args) > 2 else 0)
+        return bool(node.args[1] == 0)
+    whole: Any = node.args[0]
+    start: Any = (node.args[2] if len(node.args) > 2 else 0) or 0
+    return bool(start % whole.meta["val"].shape[-1] == 0)
 
 
 def kept(build: WeightBuilder, rows: Rows, recipe: Recipe) -> tuple[str, list[fx.Node]]:
@@ -223,4 +225,4 @@ def vector(build: WeightBuilder, value: torch.Tensor, size: int, dtype: torch.dt
 def few(rows: Iterable[Any], most: int) -> bool:
     """Whether sizes are known, and at most ``most`` rows together, and one at least."""
     sizes = list(rows)
-    return all(isinstance(s, int) for s in sizes) and 1 <= math.prod(sizes) <= most
+    return all(isinstance(s, int) for s in sizes) and bool(1 <= math.prod(sizes) <= most)

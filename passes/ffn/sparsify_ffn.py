@@ -1,6 +1,6 @@
 """Neurons of feed-forward networks that a recipe leaves out: by a threshold, by rank, or by a prompt's core.
 
-Law.   D ᵀ(a ⊙ u) ≈ Dᵀ(a' ⊙ u), where a' is a where the recipe's law keeps it, and 0 elsewhere:
+Law.   Dᵀ(a ⊙ u) ≈ Dᵀ(a' ⊙ u), where a' is a where the recipe's law keeps it, and 0 elsewhere:
        activation  |a_i| > t
        hidden      |h_i| > t_i, h = a ⊙ u
        top         a_i is among the k largest
@@ -117,7 +117,7 @@ class SparsifyFFN(Pass):
             rows = rows_of(ffn, program, weights)
             site = rows[-1].site
             given = self.recipe.sparsity.get(site)
-            if given is None or given["law"] not in LAWS:
+            if given is None or given.get("law") not in LAWS:
                 continue
             width = ffn.down.features
             self.recipe.check({site: [width, _neurons(ffn)]})
@@ -144,8 +144,16 @@ class SparsifyFFN(Pass):
             known = self.recipe.neurons.get(site)
             if known is None or known.dim() != 1 or not 1 <= len(known) <= neurons:
                 raise RecipeError(f"{site}: law 'core' needs neurons [C], 1 <= C <= {neurons}")
+            if not 0 < given.get("alpha", 0) <= 1:
+                raise RecipeError(
+                    f"{site}: law 'core' needs alpha of 0 to 1, not {given.get('alpha')!r}"
+                )
         elif law == "top" and (not isinstance(given.get("k"), int) or given["k"] < 1):
             raise RecipeError(f"{site}: law 'top' needs k of at least 1, not {given.get('k')!r}")
+        elif law == "gaussian" and given.get("on", "input") not in ("input", "output"):
+            raise RecipeError(
+                f"{site}: law 'gaussian' is on 'input' or 'output', not {given['on']!r}"
+            )
 
     def check(self, match: Match, context: Context) -> Refusal | None:
         ffn, law = match.nodes["ffn"], match.nodes["given"]["law"]

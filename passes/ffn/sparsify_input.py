@@ -72,7 +72,7 @@ class SparsifyInput(Pass):
         for site in context.analyses.get(sites):
             given = self.recipe.sparsity.get(site.name)
             linear = maps.get(site.node)
-            if given is None or given["law"] != "input" or linear is None:
+            if given is None or given.get("law") != "input" or linear is None:
                 continue
             self.recipe.check({site.name: site.shape})
             known, size = self.recipe.thresholds.get(site.name), site.shape[1]

@@ -40,14 +40,14 @@ def cett(observations: FFNObservations, cett: float = 0.2, skip: Sequence[str] =
 
 def threshold(ffn: FFNStatistics, target: float) -> tuple[float, float]:
     """The largest t with CETT(t) ≤ target, and the share of neurons above it."""
-    h = ffn.h.sample[:_ROWS].double()
-    size = h.abs() * ffn.norms
-    down = ffn.down.double()
+    h = ffn.h.sample[:_ROWS]
+    size = h.double().abs() * ffn.norms
+    whole = h @ ffn.down
     steps = size.flatten().unique()  # ascending; nothing changes between two of them
     low, high = -1, len(steps) - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if left_out(h, down, size <= steps[middle]) <= target:
+        if left_out(h, ffn.down, size <= steps[middle], whole) <= target:
             low = middle
         else:
             high = middle - 1
@@ -55,15 +55,18 @@ def threshold(ffn: FFNStatistics, target: float) -> tuple[float, float]:
     return limit, float((size > limit).double().mean())
 
 
-def left_out(h: torch.Tensor, down: torch.Tensor, small: torch.Tensor) -> float:
+def left_out(
+    h: torch.Tensor, down: torch.Tensor, small: torch.Tensor, whole: torch.Tensor
+) -> float:
     """The mean over tokens of what ``small`` neurons make up of the output; tokens without output aside.
 
     Args:
         h: ``[tokens, F]``.
         down: ``[F, N]``.
         small: bool ``[tokens, F]``.
+        whole: ``[tokens, N]``, the product of ``h`` and ``down``.
     """
-    whole = (h @ down).norm(dim=1)
     part = (h.masked_fill(~small, 0.0) @ down).norm(dim=1)
-    some = whole > 0
-    return float((part[some] / whole[some]).mean()) if bool(some.any()) else 0.0
+    all_of_it = whole.norm(dim=1)
+    some = all_of_it > 0
+    return float((part[some] / all_of_it[some]).double().mean()) if bool(some.any()) else 0.0

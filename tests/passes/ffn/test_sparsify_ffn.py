@@ -16,7 +16,8 @@ import sparsecc
 from sparsecc.errors import RecipeError
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops import formats
-from sparsecc.runtime.ops.sparse_ffn import sparse_ffn
+from sparsecc.runtime.ops.sparse_activation import sparse_activation
+from sparsecc.runtime.ops.sparse_ffn import Spec, sparse_ffn
 
 NAME = "sparsify-ffn"
 GENERATOR = torch.Generator().manual_seed(1)
@@ -425,12 +426,30 @@ def test_recipes_that_do_not_fit() -> None:
         (recipe(law="activation"), "needs thresholds"),
         (recipe(law="hidden", t=torch.ones(5)), "needs thresholds"),
         (recipe(law="core", alpha=0.4), "needs neurons"),
+        (recipe(law="core", core=CORE), "needs alpha"),
+        (recipe(law="gaussian", on="gate"), "on 'input' or 'output', not 'gate'"),
         (recipe(law="top"), "needs k"),
         (recipe(shape=(D, 7), law="activation", t=T), "of another model"),
     ):
         torch._dynamo.reset()
         with pytest.raises((RecipeError, BackendCompilerFailed), match=words), torch.no_grad():
             run(model, FEW, **only(given))
+
+
+def test_a_recipe_of_other_names_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = randomise(FFN()).eval()
+    with torch.no_grad():
+        run(model, FEW, recipe=recipe(law="activation", t=T))
+        assert "names none" not in caplog.text
+        run(model, FEW, recipe=recipe("other.down.weight", law="activation", t=T))
+    assert "names none of this graph's 3 linear layers: " in caplog.text
+    assert "other.down.weight there" in caplog.text
+
+
+def test_expressions_that_read_weights_are_no_activation() -> None:
+    for spec in (Spec("p0", "a"), Spec("p0", "a * p1", gate=False)):
+        with pytest.raises(ValueError, match="reads weights"):
+            sparse_activation(FEW, [], spec.text())
 
 
 def test_nothing_is_left_out_unasked() -> None:
