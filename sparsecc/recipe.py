@@ -164,7 +164,7 @@ class Recipe:
         other = {
             known: [name for name in (known, *tied) if name in names] or [known]
             for known, tied in self.about.get("tied", {}).items()
-            if known in self.sites
+            if known in self.sites or known in self.sparsity
         }
         if all(here == [known] for known, here in other.items()):
             return self
