@@ -2,10 +2,11 @@
 
     python examples/sparse_finetune.py --steps 300
 
-The first two steps of ProSparse (Song et al. 2024, arXiv:2402.13516): SiLU becomes ReLU, and the language model's
-loss is joined by the mean magnitude of the hidden values, with a weight that rises along sine curves. ProSparse
-trains on billions of tokens; a few hundred steps on some ten thousand words are a demonstration, and the
-perplexity that is printed says how far they fall short. Training text begins behind the text that is measured.
+The first two steps of ProSparse (Song et al. 2024, arXiv:2402.13516): SiLU becomes ReLU, and the language
+model's loss is joined by the mean magnitude of the hidden values, with a weight that rises along sine curves.
+ProSparse trains on billions of tokens; a few hundred steps on some ten thousand words are a demonstration, and
+the perplexity that is printed says how far they fall short. Training text begins behind the text that is
+measured.
 
 The result lies in the cache of the zoo, as a checkpoint of transformers; :func:`load` reads it.
 """

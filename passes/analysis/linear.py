@@ -197,6 +197,15 @@ def as_linear(node: fx.Node, weights: WeightValues) -> Linear | None:
     return None
 
 
+def current(linear: Linear) -> Linear:
+    """``linear`` with the weights that its node reads now: an earlier match may have changed them."""
+    x = linear.node.args[1 if linear.node.target is aten.addmm.default else 0]
+    others = [a for a in linear.node.all_input_nodes if a is not x]
+    found = as_linear(linear.node, WeightValues(dict.fromkeys(others, frozenset())))
+    assert found is not None
+    return found
+
+
 def _make(
     node: fx.Node,
     weights: WeightValues,

@@ -23,7 +23,7 @@ from torch import fx
 
 from sparsecc.errors import RecipeError
 from sparsecc.passes.analysis.ffn import FFN, find_ffns
-from sparsecc.passes.analysis.linear import Linear, as_linear, every_linear, is_given
+from sparsecc.passes.analysis.linear import Linear, current, every_linear, is_given
 from sparsecc.passes.analysis.reindex import resized
 from sparsecc.passes.analysis.sites import site_name
 from sparsecc.passes.analysis.sizes import is_contiguous
@@ -145,7 +145,7 @@ class PruneNeurons(Pass):
         both = kept if ffn.halves is None else torch.cat([kept, kept + size])
         for linear in _layers(ffn):
             first = linear is not ffn.down
-            self._cut(context, linear, both if first else kept, first)
+            self._cut(program, linear, both if first else kept, first)
         linears = {linear.node for linear in _layers(ffn)}
         for node in between:
             if ffn.halves is not None and node in ffn.halves:
@@ -160,12 +160,10 @@ class PruneNeurons(Pass):
                 node.meta[MOVED] = "its pruned neurons are gone"
         program.version += 1
 
-    def _cut(self, context: Context, linear: Linear, kept: torch.Tensor, rows: bool) -> None:
+    def _cut(self, program: Program, linear: Linear, kept: torch.Tensor, rows: bool) -> None:
         """Keep the rows (or the columns) ``kept`` of a layer, and of its bias the rows."""
-        program = context.program
         # Afresh: it may be the down projection of a network that was cut before.
-        now = as_linear(linear.node, context.analyses.get(weight_values))
-        assert now is not None
+        now = current(linear)
         build = program.weight(self.name, linear.node)
         index = program.constant(
             kept.to(now.weight.meta["val"].device), like=linear.node, origin=self.name

@@ -18,11 +18,10 @@ from torch import fx
 
 from sparsecc.passes.analysis.affine import Step, Tail
 from sparsecc.passes.analysis.layout import Run, runs
-from sparsecc.passes.analysis.linear import Linear, as_linear
+from sparsecc.passes.analysis.linear import Linear, current
 from sparsecc.passes.analysis.links import Link
 from sparsecc.passes.analysis.norms import Norm, as_norm
 from sparsecc.passes.analysis.walk import Side
-from sparsecc.passes.analysis.weights import WeightValues
 from sparsecc.program import MOVED, ORIGIN, Program, WeightBuilder
 
 aten = torch.ops.aten
@@ -238,15 +237,6 @@ def anchor(link: Link) -> fx.Node:
 
 def _flat(build: WeightBuilder, node: fx.Node) -> fx.Node:
     return build.call(aten.reshape.default, build.wide(node), [-1])
-
-
-def current(linear: Linear) -> Linear:
-    """``linear`` with the weights that its node reads now: an earlier link may have changed them."""
-    x = linear.node.args[1 if linear.node.target is aten.addmm.default else 0]
-    others = [a for a in linear.node.all_input_nodes if a is not x]
-    found = as_linear(linear.node, WeightValues(dict.fromkeys(others, frozenset())))
-    assert found is not None
-    return found
 
 
 # ---- vectors --------------------------------------------------------------------------------------

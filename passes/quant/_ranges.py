@@ -10,14 +10,13 @@ import torch
 from torch import fx
 
 from sparsecc.passes.analysis.layout import Run
-from sparsecc.passes.analysis.linear import Linear
+from sparsecc.passes.analysis.linear import Linear, current
 from sparsecc.passes.analysis.links import Link
 from sparsecc.passes.analysis.norms import Norm
 from sparsecc.passes.analysis.walk import Side
 from sparsecc.passes.quant._migrate import (
     anchor,
     by_group,
-    current,
     current_norm,
     cut,
     operand,

@@ -23,7 +23,8 @@ class FFNActivations:
             loss.backward()
 
     Each call of the model begins anew. Hooks go when the block ends, however it ends; what was caught stays.
-    Under gradient checkpointing the values stay without gradients: train without it.
+    Gradient checkpointing of the reentrant kind runs layers without gradients: losses on these values then
+    train nothing. Values are kept until the next call: ``clear`` lets go of the graph behind them.
 
     Attributes:
         modules: name -> down projection.

@@ -55,7 +55,7 @@ def relufy(
 
     Args:
         model: its modules of these activations (torch's and those of transformers), and attributes that hold
-            the functions, are exchanged.
+            the functions, are exchanged; a forward that calls ``F.silu`` itself has nothing to exchange.
         patterns: of their names ("*.mlp.act_fn").
         threshold: of :class:`FATReLU`; None for ReLU.
     Raises:

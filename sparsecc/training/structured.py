@@ -1,8 +1,8 @@
 """Structured linear layers: low rank, block-diagonal with a shuffle (Monarch), block-diagonal and dense.
 
-Source  Wei et al. 2024, "Building on Efficient Foundations: Effectively Training LLMs with Structured Feedforward
-        Layers" (arXiv:2406.16450): LowRank, BlockShuffle, BlockDense and self-guided training. Dao et al. 2022,
-        "Monarch" (arXiv:2204.00595), projects a dense weight onto the second block by block.
+Source  Wei et al. 2024, "Building on Efficient Foundations: Effectively Training LLMs with Structured
+        Feedforward Layers" (arXiv:2406.16450): LowRank, BlockShuffle, BlockDense and self-guided training. Dao
+        et al. 2022, "Monarch" (arXiv:2204.00595), projects a dense weight onto the second block by block.
 Pays    fewer multiplications and bytes in training and in prefill. A compiled low-rank pair is multiplied back
         into one matrix where that is smaller (pass collapse-linear).
 """
@@ -125,10 +125,10 @@ class BlockDense(Structured):
 class BlockShuffle(Structured):
     """y = P₂ A₂ P₁ A₁ x + b with block-diagonal A₁ (k blocks) and A₂ (l blocks): a Monarch matrix.
 
-    z = A₁ x is [k, q]; flattened it is read as [r, l], k q = r l, and transposed: block i of A₂ [s, r] reads every
-    l-th element. Output feature s l + i is element s of block i. Here q = l c and r = k c, so every pair of an
-    input block and an output block is joined by c features: the part of the weight between them, rows i, i + l,
-    i + 2 l, … and the columns of the block, is any matrix of rank c.
+    z = A₁ x is [k, q]; flattened it is read as [r, l], k q = r l, and transposed: block i of A₂ [s, r] reads
+    every l-th element. Output feature s l + i is element s of block i. Here q = l c and r = k c, so every pair
+    of an input block and an output block is joined by c features: the part of the weight between them, rows
+    i, i + l, i + 2 l, … and the columns of the block, is any matrix of rank c.
     """
 
     def __init__(
@@ -194,12 +194,12 @@ def from_linear(linear: nn.Linear, kind: str, rank: int, blocks: int | None = No
         raise ValueError(f"from_linear: unknown kind {kind!r}. Valid: {', '.join(KINDS)}.")
     if (blocks is None) != (kind == "low-rank"):
         raise ValueError(f"from_linear: {kind!r} takes {'no' if blocks else 'a number of'} blocks.")
+    bias: nn.Parameter | None = linear.bias
     sizes = [linear.in_features, linear.out_features, rank, *([] if blocks is None else [blocks])]
-    made: Structured = KINDS[kind](*sizes, bias=linear.bias is not None)
-    made = made.to(linear.weight)
+    made: Structured = KINDS[kind](*sizes, bias=bias is not None).to(linear.weight)
     made.project(linear.weight.detach())
-    if linear.bias is not None and made.bias is not None:
-        _set(made.bias, linear.bias.detach())
+    if made.bias is not None and bias is not None:
+        _set(made.bias, bias.detach())
     return made
 
 
@@ -256,7 +256,9 @@ def rho_at(step: int, steps: int, kind: str = "cosine") -> float:
 
 def _by_block(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[..., k, q] of [..., k p]: each block's own product with [k, q, p]."""
-    return torch.einsum("...kp,kqp->...kq", x.unflatten(-1, (weight.shape[0], -1)), weight)
+    blocks: torch.Tensor = x.unflatten(-1, (weight.shape[0], -1))
+    result: torch.Tensor = torch.einsum("...kp,kqp->...kq", blocks, weight)
+    return result
 
 
 def _factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -267,7 +269,7 @@ def _factors(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape) / shape[-1] ** 0.5
+    return torch.randn(shape) / math.sqrt(shape[-1])
 
 
 def _set(parameter: nn.Parameter, value: torch.Tensor) -> None:

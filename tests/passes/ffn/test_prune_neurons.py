@@ -260,3 +260,17 @@ def test_other_laws_and_whole_networks_are_left_alone() -> None:
         for recipe in (core, recipe_of(torch.arange(WIDTH))):
             _, report = run(model, X, **exactly(recipe))
             assert not report[NAME].matches
+
+
+def test_a_network_under_another_name() -> None:
+    """A module with two names is captured under one and may be exported under the other."""
+    recipe = recipe_of(site="first.down.weight")
+    recipe.about["tied"] = {"first.down.weight": ["second.down.weight"]}
+    renamed = recipe.under({"second.down.weight"})
+    assert renamed.sparsity.keys() == renamed.neurons.keys() == {"second.down.weight"}
+    model = nn.Module()
+    model.second = fp64(randomise(Net(gated))).eval()
+    model.forward = lambda x: model.second(x)
+    with torch.no_grad():
+        _, report = run(model.eval(), X, **exactly(recipe))
+    assert report[NAME].applied == 1
