@@ -28,6 +28,7 @@ import memory
 import networks
 import quantization
 import quantization_encoders
+import sparsity
 import speed
 import torch
 from limits import limits
@@ -49,6 +50,7 @@ SUITES = {
     "gemm": gemm.run,
     "memory": memory.run,
     "budget": budget.run,
+    "sparsity": sparsity.run,
 }
 
 
