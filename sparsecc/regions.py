@@ -115,7 +115,7 @@ def _sparse_words(args: Args) -> tuple[str, str]:
 
 
 def _sparse_kernels(args: Args) -> dict[str, Variant]:
-    x, weights, _, _, text = args
+    x, weights, _, only, text = args
     sizes = x.shape[:-1]
     if not all(isinstance(s, int) for s in sizes) or not 1 <= sizes.numel() <= sparse_ffn.MOST_ROWS:
         return {}
@@ -125,7 +125,7 @@ def _sparse_kernels(args: Args) -> dict[str, Variant]:
     if why := triton.build.available():
         raise BuildError(why)
     launch = triton.launch_sparse_ffn
-    return _triton(sparse_ffn.sparse_ffn_native, launch, launch.Problem.of(x, weights, text))
+    return _triton(sparse_ffn.sparse_ffn_native, launch, launch.Problem.of(x, weights, only, text))
 
 
 # ---- attention over a cache ------------------------------------------------------------------------

@@ -64,6 +64,14 @@ class Half:
     linear: Linear
     index: int | None = None
 
+    @property
+    def part(self) -> slice | None:
+        """Which features; None for all."""
+        if self.index is None:
+            return None
+        size = self.linear.features // 2
+        return slice(self.index * size, (self.index + 1) * size)
+
 
 @dataclass
 class Live:

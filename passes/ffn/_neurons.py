@@ -222,6 +222,12 @@ def vector(build: WeightBuilder, value: torch.Tensor, size: int, dtype: torch.dt
     return build.as_dtype(node, dtype)
 
 
+def share(given: Mapping[str, Any], rows: Iterable[Any]) -> float:
+    """How many neurons are live for any of ``rows``, were rows independent; 1 where it is not known."""
+    dead = 1 - float(given.get("density", 1.0))
+    return max(1 - dead ** math.prod(rows), 1e-3)
+
+
 def few(rows: Iterable[Any], most: int) -> bool:
     """Whether sizes are known, and at most ``most`` rows together, and one at least."""
     sizes = list(rows)

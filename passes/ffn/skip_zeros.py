@@ -40,9 +40,10 @@ from sparsecc.passes.base import (
     RegionPass,
     Saving,
 )
-from sparsecc.program import Program, WeightBuilder
+from sparsecc.passes.ffn._neurons import Rows, place_sparse
+from sparsecc.program import Program
 from sparsecc.recipe import Recipe
-from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, meaning, sparse_ffn
+from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, meaning
 
 aten = torch.ops.aten
 
@@ -188,60 +189,26 @@ def weights_of(live: Live) -> list[fx.Node]:
     return [*(linear.weight for linear in (*maps, live.down)), *biases, *live.operands]
 
 
-def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.0) -> fx.Node:
-    """Puts ``sparse_ffn`` in the place of a network; returns its node."""
-    down = live.down
-    build = program.weight(origin, down.node)
-
-    def vector(node: fx.Node) -> str:
-        if node not in operands:
-            operands.append(node)
-        return f"v{operands.index(node)}"
-
-    def by_neuron(linear: Any, axis: int, half: int | None = None) -> fx.Node:
-        """The weight with its neurons first, contiguous."""
-        weight: fx.Node = linear.weight
-        if axis == 1:
-            weight = build.call(aten.transpose.int, weight, 0, 1)
-        if half is not None:
-            weight = _half(build, weight, half)
-        elif axis == 0:
-            return weight
-        return build.call(aten.clone.default, weight, memory_format=torch.contiguous_format)
-
+def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.0) -> None:
+    """Puts ``sparse_ffn`` in the place of a network."""
+    node = live.down.node
+    build = program.weight(origin, node)
     operands, weights = list(live.operands), []
-    activation, hidden = live.activation, live.hidden
+    texts = [live.activation, live.hidden]
     for half, name in ((live.gate, "p0"), (live.up, "p1")):
         if half is None:
             continue
-        weights.append(by_neuron(half.linear, half.linear.out_axis, half.index))
-        bias = half.linear.bias
+        rows = Rows(half.linear, "", half.linear.out_axis, half.part)
+        weights.append(rows.weight(build))
+        bias = rows.bias(build)
         if bias is not None:
-            if half.index is not None:
-                bias = _half(build, bias, half.index)
-            biased = f"({name} + {vector(bias)})"
-            activation = re.sub(rf"\b{name}\b", biased, activation)
-            hidden = re.sub(rf"\b{name}\b", biased, hidden)
-    weights.append(by_neuron(down, down.in_axis))
-    spec = Spec(activation, hidden, live.gate is not None, live.select, live.after, density=density)
-    args = (live.x, weights, operands, None, spec.text())
-    for node in (*weights, *operands):
-        program.bring_before(node, down.node)
-    place: dict[str, Any] = {"like": down.node, "origin": origin, "before": down.node}
-    made = program.call(sparse_ffn, args, **place)
-    result = made
-    if down.bias is not None:
-        program.bring_before(down.bias, down.node)
-        result = program.call(aten.add.Tensor, (result, down.bias), **place)
-    shape = down.node.meta["val"].shape
-    if result.meta["val"].shape != shape:
-        result = program.call(aten.reshape.default, (result, list(shape)), **place)
-    program.replace(down.node, result)
-    return made
-
-
-def _half(build: WeightBuilder, value: fx.Node, index: int) -> fx.Node:
-    """Rows (or elements) of the first or the second half."""
-    size = value.meta["val"].shape[0] // 2
-    found: fx.Node = build.call(aten.slice.Tensor, value, 0, index * size, (index + 1) * size)
-    return found
+            if bias not in operands:
+                operands.append(bias)
+            biased = f"({name} + v{operands.index(bias)})"
+            texts = [re.sub(rf"\b{name}\b", biased, text) for text in texts]
+    down = Rows(live.down, "", live.down.in_axis)
+    weights.append(down.weight(build))
+    activation, hidden = texts
+    gate = live.gate is not None
+    spec = Spec(activation, hidden, gate, live.select, live.after, density=density)
+    place_sparse(program, node, down, (live.x, weights, operands, None, spec.text()), origin)

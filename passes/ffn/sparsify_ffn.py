@@ -48,14 +48,14 @@ from sparsecc.passes.ffn._neurons import (
     refuse_formats,
     refuse_values,
     rows_of,
+    share,
     vector,
 )
-from sparsecc.passes.linear.fuse_few_rows import MOST_ROWS
 from sparsecc.program import Program
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.cores import choose_core, core
 from sparsecc.runtime.ops.sparse_activation import sparse_activation
-from sparsecc.runtime.ops.sparse_ffn import Spec, sparse_ffn
+from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, sparse_ffn
 
 aten = torch.ops.aten
 
@@ -72,8 +72,9 @@ class _Texts:
     after: str = "a"
     operands: list[fx.Node] = field(default_factory=list)
 
-    def spec(self, gate: bool, formats: tuple[str, ...]) -> str:
-        return Spec(self.activation, self.hidden, gate, self.select, self.after, formats).text()
+    def spec(self, gate: bool, formats: tuple[str, ...], density: float = 1.0) -> str:
+        texts = (self.activation, self.hidden, gate, self.select, self.after)
+        return Spec(*texts, formats, density).text()
 
     def add(self, node: fx.Node) -> str:
         self.operands.append(node)
@@ -232,7 +233,10 @@ class SparsifyFFN(Pass):
                 tensors += parts
         x = input_of(ffn.up.node)
         only = self._core(match, program, x) if given["law"] == "core" else None
-        args = (x, tensors, texts.operands, only, texts.spec(True, _formats(formats)))
+        text = texts.spec(
+            True, _formats(formats), share(given, _sizes(ffn.up.x)) if only is None else 1.0
+        )
+        args = (x, tensors, texts.operands, only, text)
         place_sparse(program, node, down, args, self.name)
 
     def _decide(self, texts: _Texts, match: Match, program: Program, inner: str) -> None:
@@ -325,8 +329,8 @@ class SparsifyFFN(Pass):
         skipped = [ffn.down]
         if given["law"] != "hidden" and ffn.gate is not None and ffn.halves is None:
             skipped.append(ffn.up)
-        share = 1 - float(given.get("density", 1.0))
-        return Saving(int(share * sum(nbytes(each.weight) for each in skipped)))
+        dead = 1 - float(given.get("density", 1.0))
+        return Saving(int(dead * sum(nbytes(each.weight) for each in skipped)))
 
     @classmethod
     def examples(cls) -> list[Example]:

@@ -33,12 +33,12 @@ from sparsecc.passes.ffn._neurons import (
     place_sparse,
     refuse_formats,
     refuse_values,
+    share,
     vector,
 )
-from sparsecc.passes.linear.fuse_few_rows import MOST_ROWS
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.sparse_activation import sparse_activation
-from sparsecc.runtime.ops.sparse_ffn import Spec, sparse_ffn
+from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, sparse_ffn
 
 aten = torch.ops.aten
 
@@ -116,15 +116,16 @@ class SparsifyInput(Pass):
             return
         form, parts = kept(build, rows, self.recipe)
         formats = () if form == "dense" else (form,)
-        spec = Spec(_KEEP, "a", gate=False, formats=formats)
+        density = share(match.nodes["given"], x.meta["val"].shape[:-1]) if _few(x) else 1.0
+        spec = Spec(_KEEP, "a", gate=False, formats=formats, density=density)
         place_sparse(program, node, rows, (x, parts, [limit], None, spec.text()), self.name)
 
     def saving(self, match: Match, context: Context) -> Saving:
         rows = match.nodes["rows"]
         if not _few(rows.linear.x):
             return Saving()
-        share = 1 - float(match.nodes["given"].get("density", 1.0))
-        return Saving(int(share * nbytes(rows.linear.weight)))
+        dead = 1 - float(match.nodes["given"].get("density", 1.0))
+        return Saving(int(dead * nbytes(rows.linear.weight)))
 
     @classmethod
     def examples(cls) -> list[Example]:
