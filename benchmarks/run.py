@@ -27,6 +27,7 @@ import memory
 import networks
 import quantization
 import quantization_encoders
+import sparse_ffn
 import speed
 import torch
 from limits import limits
@@ -47,6 +48,7 @@ SUITES = {
     "quantization_encoders": quantization_encoders.run,
     "gemm": gemm.run,
     "memory": memory.run,
+    "sparse_ffn": sparse_ffn.run,
 }
 
 
