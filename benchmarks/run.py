@@ -28,6 +28,7 @@ import memory
 import networks
 import quantization
 import quantization_encoders
+import sparse_ffn
 import sparsity
 import speed
 import torch
@@ -51,6 +52,7 @@ SUITES = {
     "memory": memory.run,
     "budget": budget.run,
     "sparsity": sparsity.run,
+    "sparse_ffn": sparse_ffn.run,
 }
 
 

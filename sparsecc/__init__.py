@@ -18,6 +18,8 @@ _LAZY = {
     "calibrate": "sparsecc.calibration",
     "sparsify": "sparsecc.sparsity",
     "reset_cores": "sparsecc.runtime.ops.cores",
+    "live_neurons": "sparsecc.counting",
+    "reset_live_neurons": "sparsecc.counting",
     "load_quantized": "sparsecc.checkpoints",
     "explain": "sparsecc.inspection",
     "verify": "sparsecc.inspection",
@@ -54,8 +56,10 @@ __all__ = [
     "bake",
     "calibrate",
     "explain",
+    "live_neurons",
     "load_quantized",
     "reset_cores",
+    "reset_live_neurons",
     "rewrite",
     "sparsify",
     "verify",
@@ -64,6 +68,7 @@ __all__ = [
 if TYPE_CHECKING:
     from sparsecc.calibration import calibrate
     from sparsecc.checkpoints import load_quantized
+    from sparsecc.counting import live_neurons, reset_live_neurons
     from sparsecc.errors import (
         CalibrationError,
         CheckpointError,

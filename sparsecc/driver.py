@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsecc import _torch, kernels, pipeline
+from sparsecc import _torch, counting, kernels, pipeline
 from sparsecc.capture import from_dynamo
 from sparsecc.dump.stages import GraphStages, Stage
 from sparsecc.errors import CaptureError, PassError, RecipeError, SparseccError, first_line
@@ -129,6 +129,8 @@ def _compile(
     record: GraphReport,
     instruments: Sequence[Instrument],
 ) -> Compiled:
+    if options.count:
+        counting.label(program)
     with _timed(record, "hoist"):
         hoisted = None if program.recomputes else hoist(program)
     main = program if hoisted is None else hoisted.main

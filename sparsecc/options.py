@@ -46,6 +46,7 @@ class Options:
             made anew when they change).
         floor: hand Inductor Dynamo's own graph where no rewrite applies. False compiles the captured program
             there too, so that tests of capture cannot pass by doing nothing.
+        count: whether kernels count live neurons; ``sparsecc.live_neurons()`` tells them.
         fuel: apply at most this many rewrites (for bisection).
         dump: a folder to write every stage of every graph to, or None.
         report: a ``Report`` to fill, or a path (``.json`` or ``.html``) to write.
@@ -65,6 +66,7 @@ class Options:
     freshness: str = "probe"
     prepack: bool = True
     floor: bool = True
+    count: bool = False
     fuel: int | None = None
     dump: str | None = None
     report: Any = None
@@ -231,6 +233,7 @@ _PARSERS: dict[str, Any] = {
     "strict": _flag,
     "prepack": _flag,
     "floor": _flag,
+    "count": _flag,
     "fuel": _count,
     "report": _report,
     "recipe": lambda key, value: as_recipe(value),

@@ -50,6 +50,7 @@ class Kind:
         meaning: what stands for Inductor's code in a measurement.
         must: whether a kernel runs wherever there is one, as the meaning is for proofs alone.
         prepare: changes a measurement's random arguments in place, where these must be of some kind.
+        alike: the text of a spec without what a measurement does not depend on.
     """
 
     native: Any
@@ -58,6 +59,7 @@ class Kind:
     meaning: Call
     must: Callable[[Args], bool] = lambda args: False
     prepare: Callable[..., None] = lambda *args: None
+    alike: Callable[[str], str] = lambda text: text
 
 
 def _cpp(native: Any, load: Callable[[], pathlib.Path]) -> dict[str, Variant]:
@@ -215,6 +217,7 @@ KINDS: Mapping[Any, Kind] = {
         _sparse_kernels,
         sparse_ffn.meaning,
         prepare=sparse_ffn.at_density,
+        alike=sparse_ffn.unlabelled,
     ),
     cached_attention.cached_attention: Kind(
         cached_attention.cached_attention_native,

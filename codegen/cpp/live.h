@@ -7,7 +7,7 @@
 namespace {
 
 constexpr int64_t kChunks = 16;     // at most
-constexpr int64_t kTogether = 64;   // neurons after which live ones are looked for
+constexpr int64_t kTogether = 32;   // neurons after which live ones are looked for
 constexpr int64_t kColumns = 1024;  // of the sums that are added up at a time
 constexpr int64_t kSums = 1 << 17;  // that are worth a thread
 
@@ -207,17 +207,10 @@ class Worker {
     const auto& w = job_.weights;
     for (int64_t l = before; l < found_; ++l) {
       const int64_t neuron = numbers_.data()[l] = job_.neuron(some.begin + at_.data()[l]);
-      if constexpr (Law::kUp) ask_row(w.up, neuron, l);
-      ask_row(w.down, neuron, l);
+      if constexpr (Law::kUp)
+        if (l < rows_ahead(w.up.row_bytes())) w.up.ask(neuron);
+      if (l < rows_ahead(w.down.row_bytes())) w.down.ask(neuron);
     }
-  }
-
-  template <class Weight>
-  static void ask_row(const Weight& w, int64_t neuron, int64_t number) {
-    const int64_t bytes = w.row_bytes();
-    if (number >= rows_ahead(bytes)) return;
-    const char* row = static_cast<const char*>(w.row(neuron));
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 
   // What belongs to live neurons side by side.

@@ -37,6 +37,10 @@ struct Following {
 
 constexpr int64_t kMostAhead = 32;  // rows
 
+inline void ask_bytes(const void* from, int64_t count) {
+  for (int64_t at = 0; at < count; at += 64) __builtin_prefetch(static_cast<const char*>(from) + at, 0, 2);
+}
+
 inline int64_t rows_ahead(int64_t row_bytes) {
   return std::clamp<int64_t>(kAhead / std::max<int64_t>(row_bytes, 1), kBlock, kMostAhead);
 }
@@ -64,9 +68,7 @@ struct Gathered {
   template <int count>
   inline void ask_all(const void* values, int64_t row_bytes) const {
     const int64_t* next = rows + kMostAhead / 4;
-    for (int r = 0; r < count; ++r)
-      for (int64_t at = 0; at < row_bytes; at += 64)
-        __builtin_prefetch(static_cast<const char*>(values) + next[r] * row_bytes + at, 0, 2);
+    for (int r = 0; r < count; ++r) ask_bytes(static_cast<const char*>(values) + next[r] * row_bytes, row_bytes);
   }
 };
 
@@ -76,7 +78,7 @@ struct Dense {
   const T* values;
   int64_t size;
   int64_t row_bytes() const { return sizeof(T) * size; }
-  const void* row(int64_t n) const { return values + n * size; }
+  void ask(int64_t n) const { ask_bytes(values + n * size, row_bytes()); }
 
   template <int rows, int count, class Which>
   inline void dots(const Floats& y, int64_t m, const Which& n, float* out) const {
@@ -123,7 +125,10 @@ struct Int8 {
   const float* scale;  // [features]
   int64_t size;
   int64_t row_bytes() const { return size; }
-  const void* row(int64_t n) const { return values + n * size; }
+  void ask(int64_t n) const {
+    ask_bytes(values + n * size, size);
+    ask_bytes(scale + n, 1);
+  }
 
   template <int rows, int count, class Which>
   inline void dots(const Quantized& y, int64_t m, const Which& n, float* out) const {
@@ -243,7 +248,12 @@ struct Int4A8 {
   const Half* zero;
   int64_t size;
   int64_t row_bytes() const { return size / 2; }  // without its scales
-  const void* row(int64_t n) const { return packed + n * size / 2; }
+  void ask(int64_t n) const {
+    const int64_t groups = size / group;
+    ask_bytes(packed + n * size / 2, size / 2);
+    ask_bytes(scale + n * groups, sizeof(Half) * groups);
+    if constexpr (zeros) ask_bytes(zero + n * groups, sizeof(Half) * groups);
+  }
 
   template <int rows, int count, class Which>
   inline void dots(const Arranged<group>& y, int64_t m, const Which& n, float* out) const {
@@ -344,7 +354,12 @@ struct Int4 {
   const Half* zero;
   int64_t size;
   int64_t row_bytes() const { return size / 2; }  // without its scales
-  const void* row(int64_t n) const { return packed + n * size / 2; }
+  void ask(int64_t n) const {
+    const int64_t groups = size / group;
+    ask_bytes(packed + n * size / 2, size / 2);
+    ask_bytes(scale + n * groups, sizeof(Half) * groups);
+    if constexpr (zeros) ask_bytes(zero + n * groups, sizeof(Half) * groups);
+  }
 
   template <int rows, int count, class Which>
   inline void dots(const Floats& y, int64_t m, const Which& n, float* out) const {

@@ -148,6 +148,11 @@ class Spec:
         return spec
 
 
+def unlabelled(kernel: str) -> str:
+    """The text of a spec that is not counted."""
+    return replace(Spec.of(kernel), label="").text()
+
+
 def selected(spec: Spec, a: torch.Tensor) -> torch.Tensor:
     """What ``spec.select`` leaves of activations ``[..., F]``.
 

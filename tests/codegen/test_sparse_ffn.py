@@ -1,4 +1,4 @@
-"""Kernels of ``sparsecc::sparse_ffn`` against fp64: densities, formats, selections, boundaries, threads, counts."""
+"""Kernels of ``sparsecc::sparse_ffn`` against fp64: densities, formats, selections, boundaries, threads."""
 
 from __future__ import annotations
 
