@@ -28,6 +28,7 @@ import memory
 import networks
 import quantization
 import quantization_encoders
+import relu
 import sparse_ffn
 import sparsity
 import speed
@@ -52,6 +53,7 @@ SUITES = {
     "memory": memory.run,
     "budget": budget.run,
     "sparsity": sparsity.run,
+    "relu": relu.run,
     "sparse_ffn": sparse_ffn.run,
 }
 

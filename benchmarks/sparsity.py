@@ -70,9 +70,9 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
         print(name, row, flush=True)
     timings = side_by_side({n: d.one for n, d in decoders.items()}, rounds=15, warmup=3)
     lines = [
-        f"Perplexity of {TOKENS} tokens in windows of {CONTEXT}, by kernels; of CoreInfer, of the {LENGTH - PROMPT} "
-        f"tokens behind each of {PROMPTS} prompts of {PROMPT}, decoded one by one, beside the dense model's on the "
-        "same tokens. Floor: the bytes that a token reads at the stated density.",
+        f"Perplexity of {TOKENS} tokens in windows of {CONTEXT}, by kernels; of CoreInfer, of the "
+        f"{LENGTH - PROMPT} tokens behind each of {PROMPTS} prompts of {PROMPT}, decoded one by one, beside "
+        "the dense model's on the same tokens. Floor: the bytes that a token reads at the stated density.",
         "",
         "| | density | perplexity | | ms a token | over Inductor | over dense of its format | floor ms |",
         "|---|---|---|---|---|---|---|---|",

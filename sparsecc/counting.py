@@ -1,4 +1,4 @@
-"""How many neurons were live at run time: counted under the names of layers, where the option ``count`` asks."""
+"""How many neurons were live at run time: counted by layer, where the option ``count`` asks for it."""
 
 from __future__ import annotations
 
