@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import math
 import operator
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import fx
 
 from sparsecc.passes.analysis.ffn import half_of, through_reshapes
 from sparsecc.passes.analysis.linear import Linear, linears
-from sparsecc.passes.analysis.sizes import same_shape, same_size
+from sparsecc.passes.analysis.sizes import same_shape
 from sparsecc.passes.analysis.stream import is_number
 from sparsecc.passes.analysis.weights import WeightValues, weight_values
 from sparsecc.passes.base import Analyses
@@ -102,15 +101,27 @@ def find_live(program: Program, analyses: Analyses) -> list[Live]:
     for down in maps.values():
         if down.is_conv or down.weight.meta["val"].dim() != 2:
             continue
-        grown = _Growth(program, maps, weights).ffn(down)
-        if grown is not None:
-            found.append(grown)
+        top = through_reshapes(down.x)
+        sides: list[tuple[Any, Any]] = [(top, None)]
+        if top.target is aten.mul.Tensor and len(top.args) == 2:
+            sides += [top.args, top.args[::-1]]  # type: ignore[list-item]
+        grown = (_Growth(maps, weights, opaque=False).network(down, top, *side) for side in sides)
+        whole = next((live for live in grown if live is not None and _own(live)), None)
+        if whole is not None:
+            found.append(whole)
+        elif _Growth(maps, weights, opaque=True).has_zeros(top):
+            found.append(Live(down, down.x))  # it reads what it is given
     return found
 
 
 def makes_zeros(text: str) -> bool:
     """Whether it is zero for some range of what it reads: relu, a threshold, or a product with one."""
     return _zeros(ast.parse(text, mode="eval").body, makes=True)
+
+
+def _keeps_zeros(text: str) -> bool:
+    """Whether the expression over a is zero where a is."""
+    return _zeros(ast.parse(text, mode="eval").body, makes=False)
 
 
 def _zeros(tree: ast.expr, *, makes: bool) -> bool:
@@ -131,94 +142,62 @@ def _zeros(tree: ast.expr, *, makes: bool) -> bool:
     return not makes and isinstance(tree, ast.Name) and tree.id == "a"
 
 
-class _Growth:
-    """Reads backward from a hidden value; names of linear maps and operands by their order of meeting."""
+def _own(live: Live) -> bool:
+    """Whether nothing but ``down`` reads what is inside, reshapes on the way to it among that."""
+    nodes, node = set(live.inside), live.down.x
+    while node is not through_reshapes(node):
+        nodes.add(node)
+        node = node.all_input_nodes[0]
+    return all(user in nodes or user is live.down.node for each in nodes for user in each.users)
 
-    def __init__(
-        self, program: Program, maps: dict[fx.Node, Linear], weights: WeightValues
-    ) -> None:
-        self.program, self.maps, self.weights = program, maps, weights
+
+class _Growth:
+    """Reads backward from one value; names of linear maps and operands by their order of meeting.
+
+    Attributes: opaque: whether values that are no linear maps have a name, too ("x").
+    """
+
+    def __init__(self, maps: dict[fx.Node, Linear], weights: WeightValues, *, opaque: bool) -> None:
+        self.maps, self.weights, self.opaque = maps, weights, opaque
         self.read: list[Half] = []
         self.operands: list[fx.Node] = []
         self.inside: list[fx.Node] = []
         self.select, self.after = "", "a"
 
-    def ffn(self, down: Linear) -> Live | None:
-        top = through_reshapes(down.x)
-        fused = self._fused(down, top)
-        if fused is not None and self._own(down, fused.inside):
-            return fused
-        # What makes the zeros is read by others too, or not by linear maps alone: down reads what it is given.
-        self.__init__(self.program, self.maps, self.weights)  # type: ignore[misc]
-        text = self.text(top)
-        if text is None:
-            return self._selected(down, top)
-        if not makes_zeros(text):
+    def network(self, down: Linear, top: fx.Node, a: Any, other: Any) -> Live | None:
+        """The network whose hidden value ``top`` is ``a`` of one linear map, times ``other`` of another."""
+        text = self.activated(a)
+        if text is None or len(self.read) != 1:
             return None
-        return Live(down, down.x)
+        if not (_keeps_zeros(self.after) if self.select else makes_zeros(text)):
+            return None
+        hidden = "a"
+        if other is not None:
+            right = self.text(other)
+            if right is None or len(self.read) != 2:
+                return None
+            hidden = f"a * {right}"
+            self.inside.append(top)
+        (x, *others) = {through_reshapes(half.linear.x) for half in self.read}
+        if others or not _same_rows(x, down):
+            return None
+        gate, up = self.read[0], self.read[1] if other is not None else None
+        texts = (text, self.select, self.after, hidden)
+        return Live(down, x, gate, up, *texts, self.operands, self.inside)
 
-    def _selected(self, down: Linear, top: fx.Node) -> Live | None:
-        return Live(down, down.x) if self._top(top) or self._gaussian(top) else None
-
-    def _fused(self, down: Linear, top: fx.Node) -> Live | None:
-        """The whole network, where its hidden value is of one linear map or a product of two."""
-        sides: list[Any] = [top]
-        if top.target is aten.mul.Tensor and len(top.args) == 2:
-            first, second = top.args
-            sides = [top, (first, second), (second, first)]
-        for side in sides:
-            self.__init__(self.program, self.maps, self.weights)  # type: ignore[misc]
-            a, other = side if isinstance(side, tuple) else (side, None)
-            text = self.activated(a)
-            if text is None or len(self.read) != 1:
-                continue
-            if not self.select and not makes_zeros(text):
-                continue
-            if self.select and not _zeros(ast.parse(self.after, mode="eval").body, makes=False):
-                continue
-            hidden = "a"
-            if other is not None:
-                right = self.text(other)
-                if right is None or len(self.read) != 2:
-                    continue
-                hidden = f"a * {right}"
-                self.inside.append(top)
-            (x, *others) = {through_reshapes(half.linear.x) for half in self.read}
-            if others or not _same_rows(x, down):
-                continue
-            return Live(
-                down,
-                x,
-                self.read[0],
-                self.read[1] if other is not None else None,
-                text,
-                self.select,
-                self.after,
-                hidden,
-                self.operands,
-                self.inside,
-            )
-        return None
-
-    def _own(self, down: Linear, inside: Iterable[fx.Node]) -> bool:
-        """Whether nothing else reads what is inside."""
-        nodes = set(inside) | self._paths(down)
-        return all(user in nodes or user is down.node for node in nodes for user in node.users)
-
-    def _paths(self, down: Linear) -> set[fx.Node]:
-        """Reshapes on the way from the hidden value to ``down``."""
-        found, node = set(), down.x
-        while node is not through_reshapes(node):
-            found.add(node)
-            node = node.args[0]  # type: ignore[assignment]
-        return found
+    def has_zeros(self, top: fx.Node) -> bool:
+        """Whether ``top`` is made by a function that makes zeros, of whatever it reads."""
+        if self._top(top) or self._gaussian(top):
+            return True
+        text = self.text(top)
+        return text is not None and makes_zeros(text)
 
     # ---- expressions ----
 
     def activated(self, node: Any) -> str | None:
         """The text up to a selection, and behind it ``self.after``; without one, all of it."""
         chain: list[str] = []
-        at = node
+        at: Any = node
         while isinstance(at, fx.Node):
             source = self._top(at) or self._gaussian(at)
             if source is not None:
@@ -227,10 +206,10 @@ class _Growth:
                 for template in reversed(chain):
                     self.after = template.format(self.after)
                 return text
-            template = _unary(at)
-            if template is None or "{0}" in template:
+            step = _unary(at)
+            if step is None or "{0}" in step:
                 break
-            chain.append(template)
+            chain.append(step)
             self.inside.append(at)
             at = at.args[0]
         self.inside.clear()
@@ -252,7 +231,8 @@ class _Growth:
             inner = self.text(node.args[0])
             self.inside.append(node)
             return None if inner is None else template.format(inner)
-        return self._binary(node) or self._threshold(node)
+        found = self._binary(node) or self._threshold(node)
+        return "x" if found is None and self.opaque else found
 
     def _binary(self, node: fx.Node) -> str | None:
         if node.target not in _BINARY or len(node.args) != 2 or node.kwargs:
@@ -273,15 +253,16 @@ class _Growth:
 
     def _threshold(self, node: fx.Node) -> str | None:
         """where(value > t, value, 0), and torch.threshold."""
+        args: Any = node.args
         if node.target is aten.threshold.default:
-            value, least, other = node.args
+            value, least, other = args
             inner = self.text(value)
             self.inside.append(node)
-            if inner is None or other != 0 or not is_number(least) or not least >= 0:  # type: ignore[operator]
+            if inner is None or other != 0 or not is_number(least) or not least >= 0:
                 return None
             return f"relu(keep({inner}, {float(least)!r}))"  # type: ignore[arg-type]
         if node.target in (aten.where.self, aten.where.ScalarOther):
-            mask, value, other = node.args
+            mask, value, other = args
             if _compared(mask) and self._is_zero(other):
                 return self._beyond(node, mask, value)
         return None
@@ -298,18 +279,19 @@ class _Growth:
         if not isinstance(node, fx.Node) or node.target not in full:
             return False
         filled = {aten.full.default: 1, aten.scalar_tensor.default: 0}.get(node.target)
-        return filled is None or node.args[filled] == 0
+        return filled is None or bool(node.args[filled] == 0)
 
     def _beyond(self, node: fx.Node, mask: fx.Node, value: Any) -> str | None:
         """The text of ``value`` where it (or its magnitude) is beyond a number, else 0."""
-        compared, bound = mask.args
+        args: Any = mask.args
+        compared, bound = args
         if not is_number(bound) or not isinstance(compared, fx.Node):
             return None
         inner = self.text(value)
         self.inside += [mask, node]
         if inner is None:
             return None
-        strict, t = _ABOVE[mask.target] == ">", float(bound)  # type: ignore[arg-type]
+        strict, t = _ABOVE[mask.target] == ">", float(bound)
         if compared is value:
             if strict:
                 return f"relu(keep({inner}, {t!r}))" if t >= 0 else None
@@ -357,6 +339,7 @@ class _Growth:
             return None
         zeros, dim, indices, values = node.args
         parts = {getattr(n, "args", (None,))[0] for n in (indices, values)}
+        chosen: Any
         (chosen, *rest) = parts
         if rest or not isinstance(chosen, fx.Node) or chosen.target is not aten.topk.default:
             return None
@@ -386,7 +369,7 @@ class _Growth:
             if c is None or not _over_row(mean, source, (aten.mean.dim,)):
                 continue
             if _over_row(std, source, (aten.std.correction, aten.std.dim)) and _population(std):
-                self.inside += [node, minus, cutoff, mean, spread, std]
+                self.inside += [node, minus, cutoff, mean, spread, std]  # type: ignore[list-item]
                 return source, f"gaussian {c!r}"
         return None
 
@@ -418,11 +401,12 @@ def _times(node: Any) -> tuple[float | None, Any]:
     """``(c, value)`` of value * c with a number c, also one that is a tensor of the program's constants."""
     if not isinstance(node, fx.Node) or len(node.args) < 2:
         return None, None
+    args: Any = node.args
     if node.target in (aten.mul.Tensor, aten.mul.Scalar):
-        for value, c in (node.args[:2], node.args[1::-1]):
+        for value, c in (args[:2], args[1::-1]):
             known = c if is_number(c) else _constant(c)
             if known is not None:
-                return float(known), value  # type: ignore[arg-type]
+                return float(known), value
     return None, None
 
 
@@ -464,10 +448,10 @@ def _over_row(node: Any, source: Any, targets: tuple[Any, ...]) -> bool:
     rank = source.meta["val"].dim()
     if not dims or [d % rank for d in dims] != [rank - 1]:
         return False
-    return same_size(node.meta["val"].dim(), rank)
+    return bool(node.meta["val"].dim() == rank)
 
 
 def _population(std: fx.Node) -> bool:
     if std.target is aten.std.dim:
         return len(std.args) > 2 and std.args[2] is False
-    return std.kwargs.get("correction") == 0
+    return bool(std.kwargs.get("correction") == 0)

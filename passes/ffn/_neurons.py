@@ -225,7 +225,7 @@ def vector(build: WeightBuilder, value: torch.Tensor, size: int, dtype: torch.dt
 def share(given: Mapping[str, Any], rows: Iterable[Any]) -> float:
     """How many neurons are live for any of ``rows``, were rows independent; 1 where it is not known."""
     dead = 1 - float(given.get("density", 1.0))
-    return max(1 - dead ** math.prod(rows), 1e-3)
+    return max(1 - dead ** int(math.prod(rows)), 1e-3)
 
 
 def few(rows: Iterable[Any], most: int) -> bool:
