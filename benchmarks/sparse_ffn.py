@@ -8,9 +8,9 @@ Prediction, written before measuring: in fp32 memory is the limit, and rows that
 a stream do, for they are 8 KiB long and asked for ahead: 85 % of the ideal at all densities, so 2.2 times dense
 Inductor at 10 % density, where a third and a fifteenth are read. int8 and int4 are bound by arithmetic, as
 their dense products are (75 and 55 % of the bandwidth), and rows of 1 or 2 KiB lie each on pages of their own:
-60 and 45 %. All neurons live cost as much as dense ones. In batches the same neurons are live for all rows;
-the crossover moves from 100 % at one row to 60 % at 16, where arithmetic is the limit of fp32 and ATen's blocks
-of products are better than four rows at a time.
+60 and 45 %. All neurons live cost as much as dense ones. In batches the same neurons are live for all rows
+here; the crossover moves from 100 % at one row to 60 % at 16: arithmetic is the limit of fp32 there, and ATen's
+blocks of products are better than four rows at a time.
 
 Weights take turns so that no cache holds them. A round's best time counts: other processes only add to it.
 """

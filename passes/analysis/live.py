@@ -104,7 +104,7 @@ def find_live(program: Program, analyses: Analyses) -> list[Live]:
         top = through_reshapes(down.x)
         sides: list[tuple[Any, Any]] = [(top, None)]
         if top.target is aten.mul.Tensor and len(top.args) == 2:
-            sides += [top.args, top.args[::-1]]  # type: ignore[list-item]
+            sides += [top.args, top.args[::-1]]
         grown = (_Growth(maps, weights, opaque=False).network(down, top, *side) for side in sides)
         whole = next((live for live in grown if live is not None and _own(live)), None)
         if whole is not None:
@@ -260,7 +260,7 @@ class _Growth:
             self.inside.append(node)
             if inner is None or other != 0 or not is_number(least) or not least >= 0:
                 return None
-            return f"relu(keep({inner}, {float(least)!r}))"  # type: ignore[arg-type]
+            return f"relu(keep({inner}, {float(least)!r}))"
         if node.target in (aten.where.self, aten.where.ScalarOther):
             mask, value, other = args
             if _compared(mask) and self._is_zero(other):
@@ -291,7 +291,8 @@ class _Growth:
         self.inside += [mask, node]
         if inner is None:
             return None
-        strict, t = _ABOVE[mask.target] == ">", float(bound)
+        target: Any = mask.target
+        strict, t = _ABOVE[target] == ">", float(bound)
         if compared is value:
             if strict:
                 return f"relu(keep({inner}, {t!r}))" if t >= 0 else None
@@ -362,7 +363,8 @@ class _Growth:
         if minus.target is not aten.sub.Tensor or len(minus.args) != 2 or minus.kwargs:
             return None
         source, cutoff = minus.args
-        if not isinstance(cutoff, fx.Node) or cutoff.target is not aten.add.Tensor:
+        both = isinstance(source, fx.Node) and isinstance(cutoff, fx.Node)
+        if not both or cutoff.target is not aten.add.Tensor:
             return None
         for mean, spread in (cutoff.args, cutoff.args[::-1]):
             c, std = _times(spread)
@@ -439,7 +441,7 @@ def _pure(node: fx.Node) -> bool:
     )
 
 
-def _over_row(node: Any, source: Any, targets: tuple[Any, ...]) -> bool:
+def _over_row(node: Any, source: fx.Node, targets: tuple[Any, ...]) -> bool:
     """Whether ``node`` reduces the last axis of ``source``, keeping it."""
     if not isinstance(node, fx.Node) or node.target not in targets or node.args[0] is not source:
         return False
@@ -448,7 +450,8 @@ def _over_row(node: Any, source: Any, targets: tuple[Any, ...]) -> bool:
     rank = source.meta["val"].dim()
     if not dims or [d % rank for d in dims] != [rank - 1]:
         return False
-    return bool(node.meta["val"].dim() == rank)
+    value: Any = node.meta["val"]
+    return bool(value.dim() == rank)
 
 
 def _population(std: fx.Node) -> bool:

@@ -182,7 +182,7 @@ def hidden(
     def product() -> torch.Tensor:
         form, slot = next(slots)
         if form.name == "dense":
-            return torch.nn.functional.linear(x, weights[slot.start])
+            return torch.nn.functional.linear(x, weights[slot.start].to(x.dtype))
         return formats.product(x, form.name, weights[slot])
 
     first, after, last = spec.trees

@@ -102,6 +102,15 @@ def test_weights_in_every_kind_of_format(name: str) -> None:
     check(spec, cases)
 
 
+def test_the_meaning_of_dense_weights_of_x_beside_others() -> None:
+    spec = Spec("relu(p0)", "a * p1", formats=("dense", "int8", "dense"))
+    weights, _ = tensors(spec, 32, 16, torch.bfloat16)
+    x = torch.randn(3, 32).bfloat16()
+    got, reference = meaning(x, weights, [], None, spec.text()), exact(spec, x, weights, [])
+    assert got.dtype is torch.bfloat16
+    assert (got - reference).norm() < 0.004 * reference.norm()  # rounded once
+
+
 @pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize("live", [0, 1, 9, 42, NEURONS])
 def test_every_density(live: int, rows: int) -> None:
