@@ -371,7 +371,7 @@ class _Growth:
             if c is None or not _over_row(mean, source, (aten.mean.dim,)):
                 continue
             if _over_row(std, source, (aten.std.correction, aten.std.dim)) and _population(std):
-                self.inside += [node, minus, cutoff, mean, spread, std]  # type: ignore[list-item]
+                self.inside += [node, minus, cutoff, mean, spread, std]
                 return source, f"gaussian {c!r}"
         return None
 
