@@ -29,6 +29,10 @@ _ROUNDS = 7
 _LANGUAGES = {"cpu": "cpp", "cuda": "triton"}  # of the kernels for one kind of device
 
 
+def _as_they_are(*args: Any) -> None:
+    """Random arguments will do."""
+
+
 def select(program: Program, options: Options, record: GraphReport) -> None:
     """Give every region of ``program`` that should have one its kernel; the others stay as they are.
 
@@ -110,7 +114,7 @@ def _running(variants: Mapping[str, Variant], arguments: Args) -> Iterator[str]:
 
 
 def _measure(
-    variants: Mapping[str, Variant], args: Args, prepare: Callable[..., None]
+    variants: Mapping[str, Variant], args: Args, prepare: Callable[..., None] = _as_they_are
 ) -> dict[str, float]:
     """Seconds of each variant over tensors that no cache holds: the least disturbed of a few rounds.
 
@@ -146,7 +150,7 @@ def _tensors(args: Args) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
 
 
-def _arguments(args: Args, prepare: Callable[..., None]) -> Args:
+def _arguments(args: Args, prepare: Callable[..., None] = _as_they_are) -> Args:
     found: Args = tree_map(_random, args)
     prepare(*found)
     return found
