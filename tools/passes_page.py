@@ -31,7 +31,7 @@ form of the law's left side, and rewrites each where that is legal. Every other 
 *refusal*, reported with a code, a reason and a source line. A refusal is a result, not an error.
 
 Exactness: **bitwise** means the same bits; **exact** means equal in real arithmetic, with another
-rounding. No lossy pass exists in this release. [verify.md](verify.md) says how both are proved.
+rounding; a lossy one runs with a recipe that asks for it. [verify.md](verify.md) says how both are proved.
 """
 
 REWRITES = """\
