@@ -228,6 +228,17 @@ def share(given: Mapping[str, Any], rows: Iterable[Any]) -> float:
     return max(1 - dead ** int(math.prod(rows)), 1e-3)
 
 
+# Up to which share of live neurons skipping beats whole products, by (kind of weight, more rows than one), as
+# benchmarks/results/2026-11-29-x86_64-2-cores-sparse_ffn measured; of floats, up to all.
+_CROSSOVER = {("int8", False): 0.9, ("int8", True): 0.6, ("int4", False): 0.55, ("int4", True): 0.5}
+
+
+def skipping_pays(form: str | None, live: float, rows: Iterable[Any]) -> bool:
+    """Whether rows of weights in ``form`` (None: as they are) should be skipped at a share of live neurons."""
+    kind = "float" if form is None else Format.of(form).kind
+    return live <= _CROSSOVER.get((kind, math.prod(rows) > 1), 1.0)
+
+
 def few(rows: Iterable[Any], most: int) -> bool:
     """Whether sizes are known, and at most ``most`` rows together, and one at least."""
     sizes = list(rows)

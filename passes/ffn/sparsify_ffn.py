@@ -49,6 +49,7 @@ from sparsecc.passes.ffn._neurons import (
     refuse_values,
     rows_of,
     share,
+    skipping_pays,
     vector,
 )
 from sparsecc.program import Program
@@ -157,7 +158,7 @@ class SparsifyFFN(Pass):
             )
 
     def check(self, match: Match, context: Context) -> Refusal | None:
-        ffn, law = match.nodes["ffn"], match.nodes["given"]["law"]
+        ffn: FFN = match.nodes["ffn"]
         node: fx.Node = match.node
         if context.trains or context.program.transient:
             code = "training" if context.trains else "gathered"
@@ -177,7 +178,7 @@ class SparsifyFFN(Pass):
                 return Refusal.at(value, "read", self.refusals["read"])
         if context.analyses.get(aliases).written(ffn.up.x):
             return Refusal.at(ffn.up.x, "written", WORDS["written"])
-        if self._skips(ffn, law) and not _keeps_shape(ffn) and not few(_sizes(node), 2**31):
+        if self._skips(match) and not _keeps_shape(ffn) and not few(_sizes(node), 2**31):
             return Refusal.at(node, "shape", self.refusals["shape"])
         return refuse_formats(
             (r for r in match.nodes["rows"] if r is not None), self.recipe, context
@@ -194,15 +195,19 @@ class SparsifyFFN(Pass):
             return Refusal.at(activation, "activation", words)
         return None
 
-    def _skips(self, ffn: FFN, law: str) -> bool:
+    def _skips(self, match: Match) -> bool:
         """Whether the network becomes one operator that skips rows of weights."""
-        if law == "core":
+        ffn, given = match.nodes["ffn"], match.nodes["given"]
+        if given["law"] == "core":
             return _one_token(ffn)
-        return few(_sizes(ffn.up.x), MOST_ROWS)
+        rows, first = _sizes(ffn.up.x), match.nodes["rows"][0]
+        if not few(rows, MOST_ROWS) or "density" not in given:
+            return few(rows, MOST_ROWS)
+        return skipping_pays(self.recipe.sites.get(first.site), share(given, rows), rows)
 
     def rewrite(self, match: Match, context: Context) -> None:
-        ffn, given, program = match.nodes["ffn"], match.nodes["given"], context.program
-        if self._skips(ffn, given["law"]):
+        given, program = match.nodes["given"], context.program
+        if self._skips(match):
             self._as_one(match, program)
         elif given["law"] == "core":
             self._choosing(match, program)
@@ -324,7 +329,7 @@ class SparsifyFFN(Pass):
 
     def saving(self, match: Match, context: Context) -> Saving:
         ffn, given = match.nodes["ffn"], match.nodes["given"]
-        if not self._skips(ffn, given["law"]):
+        if not self._skips(match):
             return Saving()
         skipped = [ffn.down]
         if given["law"] != "hidden" and ffn.gate is not None and ffn.halves is None:
