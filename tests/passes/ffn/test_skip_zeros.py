@@ -204,7 +204,9 @@ def test_training_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "function", [F.silu, F.gelu, torch.sigmoid, lambda p: F.relu(p) + 1], ids=str
+    "function",
+    [F.silu, F.gelu, torch.sigmoid, lambda p: F.relu(p) + 1],
+    ids=["silu", "gelu", "sigmoid", "relu + 1"],
 )
 def test_activations_that_make_no_zeros(function: Callable) -> None:
     model = randomise(FFN(function, up=True)).eval()
