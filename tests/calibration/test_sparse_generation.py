@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers", reason="the `models` extra is
 NEW = 4
 
 
-def llama() -> Any:
+def llama(act: str = "silu") -> Any:
     config = transformers.LlamaConfig(
         vocab_size=90,
         hidden_size=32,
@@ -25,6 +25,7 @@ def llama() -> Any:
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=48,
+        hidden_act=act,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
@@ -104,3 +105,24 @@ def test_generate(method: str, cache: str) -> None:
     first, rest = (dense - expected).abs().flatten(1).amax(1).split([1, NEW - 1])
     assert float(rest.min()) > 1e-3
     assert (float(first) > 1e-3) == (method == "cats")  # CoreInfer reads the prompt whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_zeros_are_skipped_exactly(cache: str) -> None:
+    """The greedy tokens are eager's and Inductor's."""
+    model, report = llama("relu"), sparsecc.Report()
+    options: dict[str, Any] = {"cache_implementation": "static"} if cache == "static" else {}
+    given = {"passes": ["skip-zeros"], "codegen": "cpp", "report": report, "strict": True}
+    eager, forward = generated(model, **options, disable_compile=True), model.forward
+    with torch.no_grad():
+        model.forward = torch.compile(forward, backend="sparsecc", options=given)
+        got = generated(model, disable_compile=True, **options)
+        torch._dynamo.reset()
+        model.forward = torch.compile(forward)
+        inductors = generated(model, disable_compile=True, **options)
+    assert report["skip-zeros"].applied >= 2
+    assert {k.chosen for graph in report.graphs for k in graph.kernels} == {"cpp"}
+    assert torch.equal(got.argmax(-1), eager.argmax(-1))
+    assert torch.equal(got.argmax(-1), inductors.argmax(-1))
+    assert torch.allclose(got, eager, atol=1e-5)
