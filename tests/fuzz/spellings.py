@@ -245,8 +245,6 @@ def activation(b: Builder, x: str) -> str:
     expression = b.pick(
         (
             f"F.relu({x})",
-            f"F.relu({x})",
-            f"torch.where({x} >= 0.25, {x}, 0.0)",
             f"F.gelu({x})",
             f"F.gelu({x}, approximate='tanh')",
             f"F.silu({x})",

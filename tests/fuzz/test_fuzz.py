@@ -1,4 +1,4 @@
-"""1,600 random programs, the same ones at every run; and that the fuzzer could find something.
+"""1,200 random programs, the same ones at every run; and that the fuzzer could find something.
 
 ``make fuzz`` runs other programs, without end. A failure prints the case as Python, and a command to repeat it.
 """
@@ -30,7 +30,7 @@ from sparsecc.passes.norm.fold_layerscale import FoldLayerScale
 from sparsecc.passes.norm.fold_norm_affine import FoldNormAffine
 from sparsecc.runtime import fresh
 
-CHUNKS, CASES = 8, 200
+CHUNKS, CASES = 6, 200
 KINDS = (maps, images, streams)  # programs of their own kind, beside those of ``blocks``
 LEAST = 10  # applications of every pass in the 300 programs below
 # Refusals that 300 programs of a kind may not meet, though the generator can draw them: new draws (one pass
@@ -66,12 +66,8 @@ RARE = {
     ("push-affine", "region"),
     ("push-affine", "written"),
     ("fuse-few-rows", "region"),
-    ("fuse-few-rows", "small"),  # these, and those of the next two: by options that are not drawn
+    ("fuse-few-rows", "small"),  # these four: by options that are not drawn
     ("fuse-few-rows", "device"),
-    ("skip-zeros", "region"),
-    ("skip-zeros", "small"),
-    ("skip-zeros", "device"),
-    ("skip-zeros", "rounded"),
     ("fuse-rows", "small"),
     ("fuse-rows", "device"),
     ("fuse-rows", "large"),
@@ -163,8 +159,9 @@ def _kind(name: str) -> Any:
     return {"linear": maps, "batchnorm": images}.get(registry.load(name).family, blocks)
 
 
-# No program that is drawn keeps a cache, and none has a recipe: tests/passes try these.
-NOT_DRAWN = {"fuse-cached-attention", *registry.FOR_RECIPES}
+# No program that is drawn keeps a cache, none has a recipe, and few have ReLU between two layers: tests/passes
+# try these.
+NOT_DRAWN = {"fuse-cached-attention", "skip-zeros", *registry.FOR_RECIPES}
 
 
 @pytest.mark.slow
