@@ -53,6 +53,8 @@ _ABOVE = {
     aten.ge.Tensor: ">=",
 }
 _MOST_CONSTANTS = 32
+# Of an expression. A value that is read twice in each of many steps (x + relu(x)) would double its text each time.
+_DEEPEST, _LONGEST = 32, 400
 _ODD = frozenset({"relu", "fatrelu", "keep", "silu", "gelu", "gelu_tanh", "tanh", "abs", "sqrt"})
 
 
@@ -154,7 +156,8 @@ def _own(live: Live) -> bool:
 class _Growth:
     """Reads backward from one value; names of linear maps and operands by their order of meeting.
 
-    Attributes: opaque: whether values that are no linear maps have a name, too ("x").
+    Attributes: opaque: whether values that are no linear maps, or too far away, have a name, too ("x"). texts:
+        the expressions of the nodes that were met.
     """
 
     def __init__(self, maps: dict[fx.Node, Linear], weights: WeightValues, *, opaque: bool) -> None:
@@ -163,6 +166,8 @@ class _Growth:
         self.operands: list[fx.Node] = []
         self.inside: list[fx.Node] = []
         self.select, self.after = "", "a"
+        self.texts: dict[fx.Node, str | None] = {}
+        self.depth = 0
 
     def network(self, down: Linear, top: fx.Node, a: Any, other: Any) -> Live | None:
         """The network whose hidden value ``top`` is ``a`` of one linear map, times ``other`` of another."""
@@ -221,6 +226,17 @@ class _Growth:
             return repr(float(node)) if node >= 0 else f"({float(node)!r})"
         if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
             return None
+        if node not in self.texts:
+            self.depth += 1
+            near = self.depth <= _DEEPEST
+            found = self._text(node) if near else None
+            self.depth -= 1
+            far = not near or (found is not None and len(found) > _LONGEST)
+            self.texts[node] = ("x" if self.opaque else None) if far else found
+        return self.texts[node]
+
+    def _text(self, node: fx.Node) -> str | None:
+        """The same of a node that was not met before."""
         if node in self.weights:
             return self._vector(node)
         product = self._product(node)

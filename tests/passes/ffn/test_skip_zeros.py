@@ -136,6 +136,30 @@ def test_a_hidden_value_that_others_read() -> None:
     assert report[NAME].applied == 1
 
 
+class Steps(nn.Module):
+    """Many steps, each of which reads the value before it twice, in front of a layer."""
+
+    def __init__(self, step: Callable, count: int) -> None:
+        super().__init__()
+        self.step, self.count = step, count
+        self.down = nn.Linear(WIDE, D)
+
+    def forward(self, x):
+        for _ in range(self.count):
+            x = self.step(x)
+        return self.down(F.relu(x))
+
+
+@pytest.mark.parametrize("step", [lambda x: x + F.relu(x) / 8, torch.tanh], ids=["sum", "tanh"])
+def test_long_ways_to_a_layer(step: Callable) -> None:
+    """Reading them whole would take for ever, or deeper recursion than there is."""
+    model, x = randomise(Steps(step, 300)).eval(), torch.randn(3, WIDE)
+    with torch.no_grad():
+        result, report = run(model, x, **ONLY)
+        agrees_with_fp64(model, x, result)
+    assert [m.note for m in report[NAME].matches] == ["zeros of the input"]
+
+
 def test_verified_in_fp64_and_through_inductor() -> None:
     model = randomise(FFN(relu2, up=True)).eval()
     options = {"lower": "inductor", "codegen": "cpp", "verify": "each"}
