@@ -48,7 +48,7 @@ class FFNStatistics:
     @property
     def density(self) -> float:
         """The share of hidden values that are not exactly zero by themselves."""
-        return 1 - float(self.h.bins[0]) / max(1, self.h.rows * self.size)
+        return 1 - self.h.zeros
 
     def merge(self, other: FFNStatistics) -> FFNStatistics:
         """Of both together.

@@ -41,8 +41,7 @@ def networks(model: Any, batch: Any, options: Mapping[str, Any] | None = None) -
         analyses = Analyses(program)
         weights = analyses.get(weight_values)
         for ffn in find_ffns(program, analyses):
-            first = [ffn.up] if ffn.gate is None or ffn.halves is not None else [ffn.gate, ffn.up]
-            names = [site_name(program, linear.weight, weights) for linear in (*first, ffn.down)]
+            names = [site_name(program, linear.weight, weights) for linear in ffn.layers]
             if all(names):
                 found[names[-1]] = tuple(names[:-1])
     if not found:

@@ -85,9 +85,10 @@ class _Observer:
             self.seen.left_out.append(at.site)
             del self.seen.ffns[at.site]
             return
-        for name, statistics, value in (("activation", ffn.a, a), ("hidden value", ffn.h, h)):
-            if statistics is ffn.h and name == "activation":
-                continue
+        looked_at = [("hidden value", ffn.h, h)]
+        if ffn.a is not ffn.h:
+            looked_at.insert(0, ("activation", ffn.a, a))
+        for name, statistics, value in looked_at:
             try:
                 statistics.update(value)
             except ValueError as error:

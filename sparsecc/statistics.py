@@ -114,6 +114,11 @@ class Statistics:
     # ---- what methods read ---------------------------------------------------------------------------
 
     @property
+    def zeros(self) -> float:
+        """The share of elements that are exactly zero; 0 where none were seen."""
+        return float(self.bins[0]) / max(1, self.rows * self.size)
+
+    @property
     def largest(self) -> torch.Tensor:
         """max|x| of each feature, fp64 [size]."""
         return torch.maximum(self.low.abs(), self.high.abs()) if self.rows else _zeros(self.size)

@@ -22,9 +22,8 @@ from sparsecc.codegen.cpp.operators import FLAGS
 from sparsecc.codegen.cpp.weight_formats import DTYPES, STORED, TYPES
 from sparsecc.runtime.ops import expressions
 from sparsecc.runtime.ops.formats import Format
-from sparsecc.runtime.ops.sparse_ffn import Spec
+from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec
 
-MOST_ROWS = 16
 _HEADERS = (
     "sparse_ffn.h",
     "vector.h",
@@ -250,7 +249,7 @@ def load(
 ) -> pathlib.Path:
     """Make ``spec`` runnable on CPU tensors; returns its library, whose source lies beside it.
 
-    Specs that differ in their label alone share it.
+    Specs that differ in label and density alone share it.
 
     Args:
         dtype: of x, operands and output.

@@ -77,6 +77,12 @@ class FFN:
     hidden: fx.Node
     halves: tuple[fx.Node, fx.Node] | None = None
 
+    @property
+    def layers(self) -> list[Linear]:
+        """Each linear map once, ``down`` last."""
+        fused = self.gate is None or self.halves is not None
+        return [self.up, self.down] if fused else [self.gate, self.up, self.down]  # type: ignore[list-item]
+
 
 @dataclass(frozen=True)
 class Gated:

@@ -53,7 +53,7 @@ _ABOVE = {
     aten.ge.Tensor: ">=",
 }
 _MOST_CONSTANTS = 32
-# Of an expression. A value that is read twice in each of many steps (x + relu(x)) would double its text each time.
+# Of an expression: a value that each of many steps reads twice (x + relu(x)) would double its text every time.
 _DEEPEST, _LONGEST = 32, 400
 _ODD = frozenset({"relu", "fatrelu", "keep", "silu", "gelu", "gelu_tanh", "tanh", "abs", "sqrt"})
 
@@ -94,6 +94,11 @@ class Live:
     hidden: str = "a"
     operands: list[fx.Node] = field(default_factory=list)
     inside: list[fx.Node] = field(default_factory=list)
+
+    @property
+    def maps(self) -> list[Linear]:
+        """The linear maps, ``down`` last."""
+        return [*(half.linear for half in (self.gate, self.up) if half is not None), self.down]
 
 
 def find_live(program: Program, analyses: Analyses) -> list[Live]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from sparsecc.passes.analysis.ffn import FFN
+from sparsecc.passes.analysis.ffn import FFN, half_of
 from sparsecc.passes.analysis.linear import Linear
 from sparsecc.passes.analysis.sites import site_name
 from sparsecc.passes.analysis.sizes import is_contiguous, same_shape
@@ -115,18 +114,11 @@ def rows_of(ffn: FFN, program: Program, weights: WeightValues) -> tuple[Rows, Ro
         return gate, up, down
     width = ffn.up.features // 2
     parts = [slice(0, width), slice(width, 2 * width)]
-    if not _is_first_half(ffn.halves[0]):
+    first = half_of(ffn.halves[0])
+    if first is not None and first[1] == 1:
         parts.reverse()
     gate, up = (Rows(ffn.up, named(ffn.up), ffn.up.out_axis, part) for part in parts)
     return gate, up, down
-
-
-def _is_first_half(node: fx.Node) -> bool:
-    if node.target is operator.getitem:
-        return bool(node.args[1] == 0)
-    whole: Any = node.args[0]
-    start: Any = (node.args[2] if len(node.args) > 2 else 0) or 0
-    return bool(start % whole.meta["val"].shape[-1] == 0)
 
 
 def kept(build: WeightBuilder, rows: Rows, recipe: Recipe) -> tuple[str, list[fx.Node]]:

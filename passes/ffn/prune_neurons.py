@@ -22,7 +22,7 @@ import torch
 from torch import fx
 
 from sparsecc.errors import RecipeError
-from sparsecc.passes.analysis.ffn import FFN, find_ffns
+from sparsecc.passes.analysis.ffn import FFN, find_ffns, half_of
 from sparsecc.passes.analysis.linear import Linear, current, every_linear, is_given
 from sparsecc.passes.analysis.reindex import resized
 from sparsecc.passes.analysis.sites import site_name
@@ -124,7 +124,7 @@ class PruneNeurons(Pass):
                     words = f"{user.name} reads {node.name} too"
                     return Refusal.at(user, "fan-out", words)
         weights = context.analyses.get(weight_values)
-        for linear in _layers(ffn):
+        for linear in ffn.layers:
             if other_users(linear.weight, linear.node, weights):
                 words = f"the weight of {linear.node.name} is shared"
                 return Refusal.at(linear.node, "tied", words)
@@ -142,14 +142,16 @@ class PruneNeurons(Pass):
         size, count = _neurons(ffn), len(kept)
         # Before anything is edited: the order of the graph, and who reads what.
         between = sorted(_between(ffn))
+        places = {node: half_of(node) for node in ffn.halves or ()}
         both = kept if ffn.halves is None else torch.cat([kept, kept + size])
-        for linear in _layers(ffn):
+        for linear in ffn.layers:
             first = linear is not ffn.down
             self._cut(program, linear, both if first else kept, first)
-        linears = {linear.node for linear in _layers(ffn)}
+        linears = {linear.node for linear in ffn.layers}
         for node in between:
-            if ffn.halves is not None and node in ffn.halves:
-                self._replace_half(program, node, ffn, size, count)
+            place = places.get(node)
+            if place is not None:
+                self._replace_half(program, node, *place, count)
             elif isinstance(node.meta.get("val"), torch.Tensor):
                 old = node.meta["val"].shape
                 width = int(old[-1]) // size * count
@@ -176,14 +178,10 @@ class PruneNeurons(Pass):
         now.set_weights(program, self.name, weight=weight, bias=bias)
 
     def _replace_half(
-        self, program: Program, node: fx.Node, ffn: FFN, size: int, count: int
+        self, program: Program, node: fx.Node, whole: fx.Node, half: int, count: int
     ) -> None:
-        """A half of a fused gate and up, at its new place."""
-        assert ffn.halves is not None
-        whole: Any = node.args[0]
-        whole = whole.args[0] if isinstance(whole.meta["val"], (list, tuple)) else whole
-        start = 0 if _is_first_half(node, size) else count
-        axis = whole.meta["val"].dim() - 1
+        """The first or the second half of a fused gate and up, at its new place."""
+        start, axis = half * count, whole.meta["val"].dim() - 1
         new = program.call(
             aten.slice.Tensor,
             (whole, axis, start, start + count),
@@ -198,7 +196,7 @@ class PruneNeurons(Pass):
         ffn: FFN = match.nodes["ffn"]
         size = _neurons(ffn)
         dead = size - len(match.nodes["kept"])
-        layers = _layers(ffn)
+        layers = ffn.layers
         moved = sum(nbytes(linear.weight) for linear in layers) + 2 * nbytes(ffn.hidden)
         return Saving(moved * dead // size, sum(linear.flops for linear in layers) * dead // size)
 
@@ -221,19 +219,13 @@ class PruneNeurons(Pass):
         return [Example(before, after, shapes, ("G", "a", "U", "D", "c"), symbolic=True)]
 
 
-def _layers(ffn: FFN) -> list[Linear]:
-    """Each layer once, the down projection last."""
-    first = [ffn.up] if ffn.gate is None or ffn.halves is not None else [ffn.gate, ffn.up]
-    return [*first, ffn.down]
-
-
 def _neurons(ffn: FFN) -> int:
     return int(ffn.down.weight.meta["val"].shape[ffn.down.in_axis])
 
 
 def _between(ffn: FFN) -> dict[fx.Node, None]:
     """The first layers and all values from there to what the down projection reads."""
-    first = {linear.node for linear in _layers(ffn)[:-1]}
+    first = {linear.node for linear in ffn.layers[:-1]}
     found: dict[fx.Node, None] = {}
     stack = [ffn.down.x]
     while stack:
@@ -264,7 +256,7 @@ def _holds(node: fx.Node, ffn: FFN, count: int) -> bool:
         return True  # parts of a fused gate and up, which become slices
     if ffn.halves is not None and node in ffn.halves:
         return True
-    layers = {linear.node for linear in _layers(ffn)}
+    layers = {linear.node for linear in ffn.layers}
     reshapes = node not in layers and node not in (ffn.activation, ffn.hidden)
     if reshapes and resized(node, value.dim() - 1, count) is None:
         return False
@@ -276,13 +268,6 @@ def _resize(node: fx.Node, width: int) -> None:
     found = resized(node, node.meta["val"].dim() - 1, width)
     if found is not None:
         node.target, node.args = found
-
-
-def _is_first_half(node: fx.Node, size: int) -> bool:
-    if node.target is aten.slice.Tensor:
-        start: Any = node.args[2] if len(node.args) > 2 else 0
-        return bool((start or 0) % (2 * size) == 0)
-    return bool(node.args[1] == 0)
 
 
 def _is_given(down: Linear, context: Context) -> bool:

@@ -16,7 +16,6 @@ Pays   by the share of dead neurons: two of three weights of a gated network, on
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from sparsecc.passes.base import (
     RegionPass,
     Saving,
 )
-from sparsecc.passes.ffn._neurons import Rows, place_sparse
+from sparsecc.passes.ffn._neurons import Rows, few, place_sparse
 from sparsecc.program import Program
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, meaning
@@ -105,7 +104,7 @@ class SkipZeros(RegionPass):
         if context.trains:
             return Refusal.at(node, "training", said["training"])
         sizes = live.x.meta["val"].shape[:-1]
-        if not all(isinstance(s, int) for s in sizes) or not 1 <= math.prod(sizes) <= MOST_ROWS:
+        if not few(sizes, MOST_ROWS):
             return Refusal.at(node, "rows", f"{said['rows']}: {list(sizes)}")
         if self._rounded(live, context):
             return Refusal.at(node, "rounded", said["rounded"])
@@ -128,8 +127,7 @@ class SkipZeros(RegionPass):
         if self.recipe is None:
             return False
         known = context.analyses.get(weight_values)
-        maps = [half.linear for half in (live.gate, live.up) if half is not None]
-        names = {site_name(context.program, linear.weight, known) for linear in (*maps, live.down)}
+        names = {site_name(context.program, linear.weight, known) for linear in live.maps}
         return bool(names & (self.recipe.sites.keys() | self.recipe.sparsity.keys()))
 
     def rewrite(self, match: Match, context: Context) -> None:
@@ -184,9 +182,8 @@ def words(live: Live) -> str:
 
 def weights_of(live: Live) -> list[fx.Node]:
     """The weights, biases and operands that the network reads."""
-    maps = [half.linear for half in (live.gate, live.up) if half is not None]
-    biases = [linear.bias for linear in (*maps, live.down) if linear.bias is not None]
-    return [*(linear.weight for linear in (*maps, live.down)), *biases, *live.operands]
+    biases = [linear.bias for linear in live.maps if linear.bias is not None]
+    return [*(linear.weight for linear in live.maps), *biases, *live.operands]
 
 
 def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.0) -> None:

@@ -77,11 +77,7 @@ class Spec:
     @functools.cached_property
     def slots(self) -> tuple[slice, ...]:
         """Where the tensors of each weight stand among all of them."""
-        found, start = [], 0
-        for form in self.kept:
-            found.append(slice(start, start + len(form.parts)))
-            start = found[-1].stop
-        return tuple(found)
+        return formats.slots(self.kept)
 
     def text(self) -> str:
         data = {"norm": self.norm, "eps": self.eps, "outputs": list(self.outputs)}

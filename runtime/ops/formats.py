@@ -31,6 +31,7 @@ E2M1 with real-valued biases as in Liu et al. 2023, "LLM-FP4" (arXiv:2310.16836)
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import re
 from collections.abc import Sequence
@@ -153,6 +154,12 @@ class Format:
             raise ValueError(
                 f"{self.name}: {size} features are more than {MOST_INT8}: int32 overflows"
             )
+
+
+def slots(forms: Sequence[Format]) -> tuple[slice, ...]:
+    """Where the tensors of each weight stand among those of all, in a row."""
+    ends = list(itertools.accumulate((len(form.parts) for form in forms), initial=0))
+    return tuple(itertools.starmap(slice, itertools.pairwise(ends)))
 
 
 def check(form: Format, tensors: Sequence[torch.Tensor], size: int) -> None:

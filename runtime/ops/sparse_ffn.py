@@ -30,14 +30,8 @@ from sparsecc.runtime.ops.define import define
 from sparsecc.runtime.ops.formats import Format
 
 MOST_ROWS = 16  # above, some row needs nearly every neuron
-FUNCTIONS = (
-    "abs",
-    "sqrt",
-    "maximum",
-    "minimum",
-    "keep",
-    "fatrelu",
-)  # beside those of every expression
+# Beside those of every expression.
+FUNCTIONS = ("abs", "sqrt", "maximum", "minimum", "keep", "fatrelu")
 
 
 @dataclass(frozen=True)
@@ -88,10 +82,7 @@ class Spec:
     @functools.cached_property
     def slots(self) -> tuple[slice, ...]:
         """Where the tensors of each weight stand among all of them."""
-        ends = [0]
-        for form in self.kept:
-            ends.append(ends[-1] + len(form.parts))
-        return tuple(map(slice, ends[:-1], ends[1:]))
+        return formats.slots(self.kept)
 
     @property
     def plain(self) -> bool:
@@ -132,10 +123,10 @@ class Spec:
         try:
             data = json.loads(text)
             spec = cls(**{**data, "formats": tuple(data["formats"])})
-            count, known = len(spec.kept), len(spec.slots)
+            count = len(spec.kept)
         except (TypeError, KeyError, json.JSONDecodeError) as error:
             raise ValueError(f"sparse_ffn: {text!r} is no spec") from error
-        if count != known or count != 1 + spec.gate + spec.up:
+        if count != 1 + spec.gate + spec.up:
             raise ValueError(f"sparse_ffn: {count} formats for {1 + spec.gate + spec.up} weights")
         if spec.select and not re.fullmatch(r"top [1-9]\d*|gaussian -?[\d.e+-]+", spec.select):
             raise ValueError(f"sparse_ffn: {spec.select!r} selects nothing")

@@ -31,8 +31,7 @@ def cats(observations: FFNObservations, sparsity: float = 0.5, skip: Sequence[st
     recipe, sites = start("cats", observations, skip, sparsity=sparsity)
     for site in sites:
         a = observations.ffns[site].a
-        zeros = float(a.bins[0]) / (a.rows * a.size)
         recipe.thresholds[site] = torch.tensor([a.percentile(sparsity)], dtype=torch.float32)
-        density = 1 - max(sparsity, zeros)
+        density = 1 - max(sparsity, a.zeros)
         recipe.sparsity[site] = {"law": "activation", "density": density}
     return recipe

@@ -11,14 +11,13 @@ Pays    the pruned share of a feed-forward network at every batch size, where so
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 
 import torch
 
 from sparsecc.errors import CalibrationError, unknown
-from sparsecc.methods.common import start
+from sparsecc.methods.common import not_skipped, start
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 
@@ -57,7 +56,7 @@ def cfsp(
     given = {"prune": prune, "amplification": amplification, "multiple": multiple}
     powers = {"norm_power": norm_power, "down_power": down_power}
     recipe = start("cfsp", observations, (), skip, **given, **powers)
-    chosen = [n for n in networks if not any(fnmatch.fnmatchcase(n, p) for p in skip)]
+    chosen = not_skipped(networks, skip)
     angles = None if importance is None else [_of_block(name, importance) for name in chosen]
     shares = allocate(angles or [0.0] * len(chosen), prune, amplification)
     for name, share in zip(chosen, shares, strict=True):

@@ -30,10 +30,9 @@ def teal(observations: Observations, sparsity: float = 0.4, skip: Sequence[str] 
     recipe = empty("teal", observations.sites, skip, {"sparsity": sparsity})
     for site in not_skipped(observations.sites, skip):
         x = observations.input(site)
-        zeros = float(x.bins[0]) / (x.rows * x.size)
         recipe.shapes[site] = list(observations.sites[site].shape)
         recipe.thresholds[site] = torch.tensor([x.percentile(sparsity)], dtype=torch.float32)
-        recipe.sparsity[site] = {"law": "input", "density": 1 - max(sparsity, zeros)}
+        recipe.sparsity[site] = {"law": "input", "density": 1 - max(sparsity, x.zeros)}
     rows = max((s.rows for s in observations.inputs.values()), default=0)
     note(recipe, observations.about, rows, observations.batches)
     return recipe
