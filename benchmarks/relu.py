@@ -19,6 +19,7 @@ from zoo import smollm2
 
 import sparsecc
 from sparsecc.recipe import Recipe
+from sparsecc.sparsity import density
 from sparsecc.timing import ratio, side_by_side
 
 STEPS, LENGTH_OF_STEP, WEIGHT = 300, 128, 2.0  # of the fine-tuning
@@ -34,9 +35,8 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
     behind = smollm2.windows(4 * CONTEXT, context=CONTEXT, start=TOKENS + CONTEXT).split(1)
     natural = sparsecc.sparsify(forward, behind, "cats", sparsity=0.01, progress=False)
     assert not any(float(t) for t in natural.thresholds.values())  # zeros alone are skipped
-    densities = [entry["density"] for entry in natural.sparsity.values()]
-    density = sum(densities) / len(densities)
-    half = 1 - density / 2
+    natural_density = density(natural)
+    half = 1 - natural_density / 2
     recipes = {
         "top-k, half of it": sparsecc.sparsify(
             forward, behind, "top", sparsity=half, progress=False
@@ -59,7 +59,6 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
     decoders = {}
     sparsecc.reset_live_neurons()
     for name, how in settings.items():
-        torch._dynamo.reset()
         decoders[name] = Decoder(name.replace(" ", "_").replace(",", ""), model, 1, how)
         decoders[name].one()
     expected = decoders["eager"].greedy()
@@ -67,13 +66,14 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
     live = sparsecc.live_neurons()
     timings = side_by_side({n: d.one for n, d in decoders.items()}, rounds=15, warmup=3)
     data: dict[str, Any] = {
-        "density": density,
+        "density": natural_density,
         "counted": sum(live.values()) / max(len(live), 1),
         "applied": report["skip-zeros"].applied,
     }
     lines = [
-        f"ReLU, fine-tuned in {STEPS} steps of {LENGTH_OF_STEP} tokens. Natural density {density:.1%} on text, "
-        f"{data['counted']:.1%} counted while decoding; skip-zeros applied {data['applied']} times.",
+        f"ReLU, fine-tuned in {STEPS} steps of {LENGTH_OF_STEP} tokens. "
+        f"Natural density {natural_density:.1%} on text, {data['counted']:.1%} counted while decoding; "
+        f"skip-zeros applied {data['applied']} times.",
         "",
         "| | ms a token | over Inductor | over dense | first tokens as eager's | perplexity |",
         "|---|---|---|---|---|---|",

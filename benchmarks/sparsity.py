@@ -31,6 +31,7 @@ from sparsecc.methods import make
 from sparsecc.observe import observe
 from sparsecc.observe_ffn import observe_ffn
 from sparsecc.recipe import Recipe
+from sparsecc.sparsity import density
 from sparsecc.timing import ratio, side_by_side
 
 CONTEXT, TOKENS = 512, 8_192
@@ -52,12 +53,13 @@ INT8 = "int8x32"
 def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
     model = smollm2.load()
     recipes = _recipes(model)
+    data: dict[str, Any] = _qualities(model, recipes)
+    torch._dynamo.reset()  # once: each decoder would be compiled again
     decoders = {"inductor": Decoder("inductor", model, 1, {"backend": "inductor"})}
-    data: dict[str, Any] = {}
     for name, recipe in recipes.items():
-        row = data[name] = {"density": _density(recipe), "megabytes": _megabytes(model, recipe)}
-        row |= _quality(model, recipe)
-        torch._dynamo.reset()
+        row = data[name]
+        row["density"] = density(recipe) if recipe.sparsity else 1.0
+        row["megabytes"] = _megabytes(model, recipe)
         options = {"recipe": recipe, "report": (report := sparsecc.Report())}
         decoder = Decoder(name, model, 1, {"backend": "sparsecc", "options": options})
         decoder.one()
@@ -67,7 +69,6 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
             for g in report.graphs
             for k in g.kernels
         ]
-        print(name, row, flush=True)
     timings = side_by_side({n: d.one for n, d in decoders.items()}, rounds=15, warmup=3)
     lines = [
         f"Perplexity of {TOKENS} tokens in windows of {CONTEXT}, by kernels; of CoreInfer, of the "
@@ -114,11 +115,6 @@ def _recipes(model: nn.Module) -> dict[str, Recipe]:
     return found
 
 
-def _density(recipe: Recipe) -> float:
-    each = [entry["density"] for entry in recipe.sparsity.values()]
-    return sum(each) / len(each) if each else 1.0
-
-
 def _megabytes(model: nn.Module, recipe: Recipe) -> float:
     """Of weights that a token reads, at the densities of the recipe."""
     total = 0.0
@@ -138,23 +134,28 @@ def _megabytes(model: nn.Module, recipe: Recipe) -> float:
     return total
 
 
-def _quality(model: nn.Module, recipe: Recipe) -> dict[str, float]:
-    if any(entry["law"] == "core" for entry in recipe.sparsity.values()):
-        base = _answered(model, Recipe("none"))
-        found = _answered(model, recipe)
-        return {"perplexity": found, "increase": found / base - 1, "dense_on_these": base}
+def _qualities(model: nn.Module, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
+    """Perplexity under each recipe, and over that of the model as it is on the same tokens."""
+    whole, answered = _windows(model, recipes["dense"]), _answered(model, recipes["dense"])
+    found = {"dense": {"perplexity": whole, "increase": 0.0}}
+    for name, recipe in recipes.items():
+        if name == "dense":
+            continue
+        core = any(entry["law"] == "core" for entry in recipe.sparsity.values())
+        value, base = (_answered if core else _windows)(model, recipe), answered if core else whole
+        found[name] = {"perplexity": value, "increase": value / base - 1, "dense_on_these": base}
+        print(name, found[name], flush=True)
+    return found
+
+
+def _windows(model: nn.Module, recipe: Recipe) -> float:
+    """Perplexity of whole windows."""
     torch._dynamo.reset()
     forward = smollm2.as_forward(model)
     # Integer kernels run as they would; the rest need not be compiled to be judged.
     options = {"recipe": recipe, "lower": "aot_eager", "codegen": "cpp"}
     fast = torch.compile(lambda ids: forward(ids), backend="sparsecc", options=options)
-    found = smollm2.perplexity(fast, tokens=TOKENS, context=CONTEXT)
-    base = found if not (recipe.sites or recipe.sparsity) else _dense[0]
-    _dense[:] = _dense or [found]
-    return {"perplexity": found, "increase": found / base - 1}
-
-
-_dense: list[float] = []  # perplexity of the model as it is, which is measured first
+    return smollm2.perplexity(fast, tokens=TOKENS, context=CONTEXT)
 
 
 def _answered(model: nn.Module, recipe: Recipe) -> float:
