@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from sparsecc.kernels import _measure
-from sparsecc.runtime.ops.few_rows import Spec
+from sparsecc.measurement import measure
+from sparsecc.regions import KINDS, Variant
+from sparsecc.runtime.ops.few_rows import Spec, few_rows
 
 # Name, spec, features of each weight and size k, as shares of the width; those of Llama-like layers.
 REGIONS = {
@@ -42,8 +43,10 @@ def run(limits: dict[str, float]) -> tuple[dict[str, Any], str]:
                 k = int(size * width)
                 weights = [torch.empty(int(n * width), k, **like) for n in shares]
                 operands = [torch.empty(rows, width, **like)] if "t0" in spec.outputs[0] else []
-                fakes = [torch.empty(rows, k, **like), weights, operands]
-                seconds = _measure(spec.text(), fakes)
+                args = (torch.empty(rows, k, **like), weights, operands, spec.text())
+                kind = KINDS[few_rows]
+                variants = {"aten": Variant(kind.meaning, "aten"), **kind.kernels(args)}
+                seconds, _ = measure(variants, args)
                 best = min((n for n in seconds if n != "aten"), key=lambda n: seconds[n])
                 floor = sum(w.nbytes for w in weights) / (limits["gigabytes_per_second"] * 1e9)
                 kind = str(dtype).removeprefix("torch.")

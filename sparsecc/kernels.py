@@ -4,33 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from sparsecc.errors import BuildError, first_line
+from sparsecc.errors import BuildError
 from sparsecc.log import log
+from sparsecc.measurement import arguments, measure, running, tensors
 from sparsecc.options import Options
 from sparsecc.program import Program
 from sparsecc.regions import KINDS, Args, Kind, Variant
 from sparsecc.report.model import GraphReport, KernelChoice
 from sparsecc.runtime import native
-from sparsecc.timing import side_by_side
 
-# Weights in decoding come from memory: a measurement takes turns over as many copies as no cache holds.
-_COLD = 96 * 2**20  # bytes
-_MOST_COPIES = 512
-_ROUNDS = 7
 _LANGUAGES = {"cpu": "cpp", "cuda": "triton"}  # of the kernels for one kind of device
-
-
-def _as_they_are(*args: Any) -> None:
-    """Random arguments will do."""
 
 
 def select(program: Program, options: Options, record: GraphReport) -> None:
@@ -62,7 +53,7 @@ def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
     if options.codegen == "aten" or (options.codegen == "auto" and options.lower != "inductor"):
         choice.reason = f"codegen={options.codegen!r}, lower={options.lower!r}"
         return choice
-    device = _tensors(args)[0].device.type
+    device = tensors(args)[0].device.type
     language = _LANGUAGES.get(device, "none")
     if options.codegen not in ("auto", language):
         choice.reason = f"codegen={options.codegen!r} has no kernels on {device}"
@@ -75,12 +66,16 @@ def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
         if options.codegen == language or kind.must(args):
             name, choice.reason = next(iter(kernels)), f"codegen={options.codegen!r}"
             if language != "cpp":  # which is built by now
-                name = next(_running(kernels, _arguments(args, kind.prepare)))
+                name = next(running(kernels, arguments(args, kind.prepare)))
         else:
             variants = {"aten": Variant(kind.meaning, "aten"), **kernels}
-            seconds = _remembered(key, variants) or _remember(
-                key, _measure(variants, args, kind.prepare)
-            )
+            seconds = _remembered(key, variants)
+            if seconds is None:
+                seconds, settled = measure(variants, args, kind.prepare)
+                if settled:
+                    _remember(key, seconds)
+                else:
+                    log.info("%s: measured on a busy machine, and not kept", choice.region)
             name, choice.seconds = min(seconds, key=lambda name: seconds[name]), seconds
     except BuildError as error:
         log.warning("no kernel is generated (%s): %s", choice.region, error)
@@ -91,88 +86,6 @@ def _choose(kind: Kind, args: Args, key: str, options: Options) -> KernelChoice:
         kernels[name].keep()
         choice.chosen, choice.source = kernels[name].language, kernels[name].source
     return choice
-
-
-def _running(variants: Mapping[str, Variant], arguments: Args) -> Iterator[str]:
-    """The names of those that a first call builds and runs: a GPU may have too little for some.
-
-    Raises:
-        BuildError: none but "aten" does.
-    """
-    kernels, problem = 0, ""
-    for name, variant in variants.items():
-        try:
-            variant.call(*arguments)
-        except Exception as error:  # whatever Triton or a driver raises: another one runs instead
-            problem = f"{name}: {type(error).__name__}: {first_line(error)}"
-            log.info("not a candidate: %s", problem)
-        else:
-            kernels += variant.language != "aten"
-            yield name
-    if not kernels:
-        raise BuildError(problem)
-
-
-def _measure(
-    variants: Mapping[str, Variant], args: Args, prepare: Callable[..., None] = _as_they_are
-) -> dict[str, float]:
-    """Seconds of each variant over tensors that no cache holds: the least disturbed of a few rounds.
-
-    Raises:
-        BuildError: no kernel runs.
-    """
-    first = _arguments(args, prepare)
-    tensors = _tensors(first)
-    size = max(sum(t.nbytes for t in tensors), 1)
-    count = min(math.ceil(_cold(tensors[0].device) / size), _MOST_COPIES)
-    copies = [first, *(tree_map(_copy, first) for _ in range(count - 1))]
-
-    def over(variant: Variant) -> Any:
-        def run() -> None:
-            for each in copies:
-                variant.call(*each)
-
-        return run
-
-    with torch.inference_mode():
-        calls = {name: over(variants[name]) for name in _running(variants, first)}
-        timings = side_by_side(calls, rounds=_ROUNDS)
-    return {name: min(timing.seconds) / len(copies) for name, timing in timings.items()}
-
-
-def _cold(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _COLD
-    return max(_COLD, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
-
-
-def _tensors(args: Args) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-
-
-def _arguments(args: Args, prepare: Callable[..., None] = _as_they_are) -> Args:
-    found: Args = tree_map(_random, args)
-    prepare(*found)
-    return found
-
-
-def _random(fake: Any) -> Any:
-    """A tensor like a fake one, symbolic sizes by their hints: random, or the first positions, or all True."""
-    if not isinstance(fake, torch.Tensor):
-        return fake
-    sizes: list[Any] = list(fake.shape)
-    shape = [s if isinstance(s, int) else int(s.node.hint or 1) for s in sizes]
-    if fake.dtype.is_floating_point:
-        return torch.randn(shape, dtype=fake.dtype, device=fake.device)
-    if fake.dtype is torch.bool:
-        return torch.ones(shape, dtype=torch.bool, device=fake.device)
-    if fake.dtype in (torch.int8, torch.uint8):  # levels of a weight
-        return torch.randint(0, 128, shape, dtype=fake.dtype, device=fake.device)
-    return torch.arange(math.prod(shape), dtype=fake.dtype, device=fake.device).view(shape)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _key(args: Args) -> str:
@@ -197,7 +110,7 @@ def _remembered(key: str, names: Container[str]) -> dict[str, float] | None:
     return seconds if known else None
 
 
-def _remember(key: str, seconds: dict[str, float]) -> dict[str, float]:
+def _remember(key: str, seconds: dict[str, float]) -> None:
     path = native.folder() / f"choice-{key}.json"
     try:
         part = path.with_suffix(f".{os.getpid()}")
@@ -205,4 +118,3 @@ def _remember(key: str, seconds: dict[str, float]) -> dict[str, float]:
         part.replace(path)
     except OSError as error:
         log.info("a measurement is not kept: %s", error)
-    return seconds

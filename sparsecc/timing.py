@@ -42,10 +42,10 @@ def side_by_side(
     for index in range(warmup + rounds):
         order = list(variants.items())
         for name, call in reversed(order) if index % 2 else order:
-            _synchronize()
+            synchronize()
             started = time.perf_counter()
             call()
-            _synchronize()
+            synchronize()
             if index >= warmup:
                 timings[name].seconds.append(time.perf_counter() - started)
     return timings
@@ -57,6 +57,7 @@ def ratio(timings: Mapping[str, Timing], faster: str, base: str) -> float:
     return statistics.median(b / f for b, f in pairs)
 
 
-def _synchronize() -> None:
+def synchronize() -> None:
+    """Wait for the GPU, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

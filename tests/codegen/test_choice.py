@@ -12,7 +12,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
-from sparsecc import kernels, pipeline, regions
+from sparsecc import kernels, measurement, pipeline, regions
 from sparsecc.errors import BuildError, OptionsError
 from sparsecc.options import Options
 from sparsecc.passes import registry
@@ -45,11 +45,11 @@ def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> pathlib.P
 def measured(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> list[str]:
     asked: list[str] = []
 
-    def measure(variants, args, prepare) -> dict[str, float]:
+    def measure(variants, args, prepare) -> tuple[dict[str, float], bool]:
         asked.append(args[-1])
-        return seconds
+        return seconds, True
 
-    monkeypatch.setattr(kernels, "_measure", measure)
+    monkeypatch.setattr(kernels, "measure", measure)
     return asked
 
 
@@ -129,6 +129,52 @@ def test_a_measurement_is_remembered(
     assert all(json.loads(p.read_text())["cpp"] == 1.0 for p in folder.glob("choice-*.json"))
 
 
+def test_a_measurement_of_a_busy_machine_is_not_kept(
+    model: nn.Module, folder: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "measure", lambda *_: ({"aten": 2.0, "cpp": 1.0}, False))
+    with torch.no_grad():
+        _, report = run(model, X, codegen="auto", **OPTIONS)
+    assert {kernel.chosen for kernel in report.graphs[0].kernels} == {"cpp"}
+    assert not list(folder.glob("choice-*.json"))
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_what_stops_calls_for_long_does_not_decide(
+    quiet: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the faster calls two in three wait for a scheduler's turn of 16 ms; the clock is a made-up one."""
+    now, calls = [0.0], [0]
+
+    def fast(*_: torch.Tensor) -> None:
+        calls[0] += 1
+        now[0] += 1e-4 + (16e-3 if calls[0] % 3 else 0.0)
+
+    def slow(*_: torch.Tensor) -> None:
+        now[0] += 2e-4
+
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measurement, "_stopped", lambda: 0 if quiet else calls[0])
+    found = {"aten": Variant(slow, "aten"), "cpp": Variant(fast, "cpp")}
+    seconds, settled = measurement.measure(found, (torch.empty(2**20),))
+    assert seconds == pytest.approx({"aten": 2e-4, "cpp": 1e-4})
+    assert settled is quiet
+
+
+def test_what_gets_slower_by_and_by_does_not_settle(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, took = [0.0], [1e-4]
+
+    def call(*_: torch.Tensor) -> None:
+        took[0] *= 1.001
+        now[0] += took[0]
+
+    monkeypatch.setattr(measurement.time, "perf_counter", lambda: now[0])
+    found = {name: Variant(call, "cpp") for name in ("aten", "cpp")}
+    seconds, settled = measurement.measure(found, (torch.empty(2**20),))
+    assert not settled
+    assert min(seconds.values()) < 1.1e-4  # the first calls
+
+
 @pytest.mark.parametrize("name", ["few rows", "cached attention", "rows"])
 def test_a_measurement_measures(name: str) -> None:
     if name == "few rows":
@@ -151,7 +197,7 @@ def test_a_measurement_measures(name: str) -> None:
         )
         operator = cached_attention.cached_attention
         args = (torch.empty(1, 4, 3, 32), new, new, cache, cache, *rest, 0.25, text)
-    found = kernels._measure(variants(operator, args), args)
+    found, _ = measurement.measure(variants(operator, args), args)
     assert set(found) == {"aten", "cpp"}
     assert all(1e-7 < seconds < 1 for seconds in found.values())
 
@@ -306,10 +352,10 @@ def test_a_cut_that_does_not_run_is_no_candidate() -> None:
     arguments = torch.ones(1, 1), [torch.ones(1, 1)], [], few_rows.Spec("none", 0.0, ("p0",)).text()
     aten, runs = Variant(few_rows.meaning, "aten"), Variant(few_rows.meaning, "triton")
     found = {"aten": aten, "triton a": Variant(fail, "triton"), "triton b": runs}
-    assert list(kernels._running(found, arguments)) == ["aten", "triton b"]
+    assert list(measurement.running(found, arguments)) == ["aten", "triton b"]
     del found["triton b"]
     with pytest.raises(BuildError, match="triton a: MemoryError: too much shared memory"):
-        list(kernels._running(found, arguments))
+        list(measurement.running(found, arguments))
 
 
 @pytest.mark.gpu
@@ -317,7 +363,7 @@ def test_a_measurement_measures_on_a_gpu() -> None:
     text = few_rows.Spec("none", 0.0, ("p0",)).text()
     x, weight = torch.empty(1, 64, device="cuda"), torch.empty(4096, 64, device="cuda")
     args = (x, [weight], [], text)
-    found = kernels._measure(variants(few_rows.few_rows, args), args)
+    found, _ = measurement.measure(variants(few_rows.few_rows, args), args)
     assert "aten" in found
     assert len(found) > 2
     assert all(1e-7 < seconds < 1 for seconds in found.values())
@@ -329,6 +375,6 @@ def test_weights_in_any_format_are_measured(dtype: torch.dtype) -> None:
     weights = [t for name in spec.formats for t in formats.quantize(torch.randn(512, 8192), name)]
     operands = [torch.empty(512, dtype=dtype)]
     args = (torch.empty(1, 8192, dtype=dtype), weights, operands, spec.text())
-    seconds = kernels._measure(variants(few_rows.few_rows, args), args)
+    seconds, _ = measurement.measure(variants(few_rows.few_rows, args), args)
     assert set(seconds) == {"aten", "cpp"}
     assert all(value > 0 for value in seconds.values())

@@ -8,11 +8,12 @@ from cached_attention_cases import SPECS, inputs
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from sparsecc import kernels, regions
+from sparsecc import regions
 from sparsecc.codegen.triton import build, launch_attention
 from sparsecc.codegen.triton import cached_attention as generator
 from sparsecc.codegen.triton.few_rows import DTYPES
 from sparsecc.errors import BuildError
+from sparsecc.measurement import measure
 from sparsecc.runtime.ops.cached_attention import Spec, cached_attention
 
 pytest.importorskip("triton", reason="the `triton` extra is not installed")
@@ -153,9 +154,7 @@ def test_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_measurement_measures_on_a_gpu() -> None:
     args = tuple(inputs("llama", 1, 1, 900, "causal", 899, dtype=torch.bfloat16, device="cuda"))
     kind = regions.KINDS[cached_attention]
-    found = kernels._measure(
-        {"aten": regions.Variant(kind.meaning, "aten"), **kind.kernels(args)}, args
-    )
+    found, _ = measure({"aten": regions.Variant(kind.meaning, "aten"), **kind.kernels(args)}, args)
     assert "aten" in found
     assert len(found) > 2
     assert all(1e-7 < seconds < 1 for seconds in found.values())
