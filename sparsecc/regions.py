@@ -113,7 +113,8 @@ def _sparse_words(args: Args) -> tuple[str, str]:
     names = [spec.activation, spec.select, spec.after if spec.select else "", spec.hidden]
     shape = f"{list(x.shape)} x {', '.join(str(list(w.shape)) for w in weights)}"
     share = "core" if only is not None else f"{spec.density:.0%} live"
-    return " | ".join(filter(None, ["sparse", *names])), f"{shape}, {share}"
+    blocks = f"blocks of {spec.block}" if spec.block else ""
+    return " | ".join(filter(None, ["sparse", blocks, *names])), f"{shape}, {share}"
 
 
 def _sparse_kernels(args: Args) -> dict[str, Variant]:

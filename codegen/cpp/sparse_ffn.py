@@ -4,6 +4,8 @@ Neurons are cut into a fixed number of chunks, each with sums of its own that ar
 so that the bits do not depend on the threads (``live.h``). Where nothing selects among all neurons, a chunk
 goes from gate to down without waiting for another.
 
+Of blocks behind a router, its values are spread over neurons first (``blocks.h``); what follows is the same.
+
 Counts of live neurons are kept for every label of a spec (:func:`counters`).
 """
 
@@ -81,6 +83,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
     spec = spec.source()
     name = f"sparse_ffn_{hashlib.sha256(spec.text().encode()).hexdigest()[:8]}"
     names = _names(spec)
+    headers = (*_HEADERS, "blocks.h") if spec.block else _HEADERS
     down = sum(len(form.parts) for form in spec.kept[:-1])
     read = spec.kept[:-1]
     prologue = weight_formats.prologue(read, dtype) if read else ""
@@ -94,7 +97,7 @@ def source(spec: Spec, dtype: torch.dtype = torch.float32) -> str:
 #include <memory>
 #include <type_traits>
 
-{operators.text_of(*_HEADERS)}
+{operators.text_of(*headers)}
 namespace sparsecc {{
 namespace {{
 
@@ -124,7 +127,7 @@ const char* run(const SparseFfn* call) {{
 {arranged}
   const None none{{}};
   const Law::Weights weights{{{_weights(spec, dtype)}}};
-  run<Law>(*call, weights);
+{_run(spec)}
   return nullptr;
 }}
 
@@ -132,7 +135,7 @@ const WeightPart part_of[] = {{
 {weight_formats.parts(spec.kept, spec.slots, names, dtype)}
 }};
 const SparseFfnKernel kernel = {{
-    run, {TYPES[dtype][0]}, std::size(part_of), part_of, {down}, {_operands(spec)}}};
+    run, {TYPES[dtype][0]}, std::size(part_of), part_of, {down}, {_operands(spec)}{_block(spec)}}};
 
 }}  // namespace
 
@@ -155,8 +158,27 @@ def _law(spec: Spec) -> str:
     first, after, last = spec.activation, spec.after, spec.hidden
     select = f"{spec.select} of " if spec.select else ""
     return f"""//   y[m] = sum over i that are live for row m of h[m, i] down[i], live: a[m, i] is not 0
-//   p0 = {"x gate^T" if spec.gate else "x"}{", p1 = x up^T" if spec.up else ""}, v<j>[i] are operands
+//   p0 = {_first(spec)}{", p1 = x up^T" if spec.up else ""}, v<j>[i] are operands
 //   s = {select}{first}; a = {after.replace("a", "s") if after == "a" else f"({after})(a = s)"}; h = {last}"""
+
+
+def _first(spec: Spec) -> str:
+    """What p0 is."""
+    if spec.block:
+        return f"router[m, i / {spec.block}]"
+    return "x gate^T" if spec.gate else "x"
+
+
+def _run(spec: Spec) -> str:
+    return (
+        f"  run_blocks<Law, {spec.block}>(*call, weights);"
+        if spec.block
+        else "  run<Law>(*call, weights);"
+    )
+
+
+def _block(spec: Spec) -> str:
+    return f", {spec.block}" if spec.block else ""
 
 
 def _operands(spec: Spec) -> int:
@@ -234,7 +256,7 @@ def _checks(spec: Spec) -> str:
     ]
     if spec.select:
         lines.append('  if (call->only) return "a core beside a selection over all neurons";')
-    if not spec.gate:
+    if not spec.gate and not spec.block:
         lines.append(
             "  if (call->size != call->neurons) "
             'return "x, without a gate, has not a value for each neuron";'

@@ -94,8 +94,12 @@ def check_formats(spec: Spec) -> None:
     """Whether kernels read the weights of ``spec``.
 
     Raises:
-        BuildError: one is not dense.
+        BuildError: one is not dense, or neurons are live by the blocks of a router.
     """
+    if spec.block:
+        raise BuildError(
+            f"sparse_ffn in Triton: no kernel reads a router's blocks of {spec.block} neurons"
+        )
     if not spec.plain:
         kept = ", ".join(form.name for form in spec.kept)
         raise BuildError(f"sparse_ffn in Triton: weights are {kept}; kernels read dense ones")

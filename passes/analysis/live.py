@@ -81,7 +81,8 @@ class Live:
     Attributes: down: the product. x: what gate and up read, or what ``down`` reads where there is no gate.
         gate, up: the linear maps, or None. activation, select, after, hidden: of
         :class:`sparsecc.runtime.ops.sparse_ffn.Spec`, without biases. operands: vectors over neurons. inside:
-        the nodes that the expressions stand for, linear maps among them.
+        the nodes that the expressions stand for, linear maps among them. router: values [..., F // block] that
+        p0 is, where a block of neurons shares one; then there is no gate.
     """
 
     down: Linear
@@ -94,6 +95,8 @@ class Live:
     hidden: str = "a"
     operands: list[fx.Node] = field(default_factory=list)
     inside: list[fx.Node] = field(default_factory=list)
+    router: fx.Node | None = None
+    block: int = 0
 
     @property
     def maps(self) -> list[Linear]:
@@ -112,11 +115,11 @@ def find_live(program: Program, analyses: Analyses) -> list[Live]:
         sides: list[tuple[Any, Any]] = [(top, None)]
         if top.target is aten.mul.Tensor and len(top.args) == 2:
             sides += [top.args, top.args[::-1]]
-        grown = (_Growth(maps, weights, opaque=False).network(down, top, *side) for side in sides)
-        whole = next((live for live in grown if live is not None and _own(live)), None)
+        grown = (Growth(maps, weights, opaque=False).network(down, top, *side) for side in sides)
+        whole = next((live for live in grown if live is not None and own(live)), None)
         if whole is not None:
             found.append(whole)
-        elif _Growth(maps, weights, opaque=True).has_zeros(top):
+        elif Growth(maps, weights, opaque=True).has_zeros(top):
             found.append(Live(down, down.x))  # it reads what it is given
     return found
 
@@ -149,7 +152,7 @@ def _zeros(tree: ast.expr, *, makes: bool) -> bool:
     return not makes and isinstance(tree, ast.Name) and tree.id == "a"
 
 
-def _own(live: Live) -> bool:
+def own(live: Live) -> bool:
     """Whether nothing but ``down`` reads what is inside, reshapes on the way to it among that."""
     nodes, node = set(live.inside), live.down.x
     while node is not through_reshapes(node):
@@ -158,7 +161,7 @@ def _own(live: Live) -> bool:
     return all(user in nodes or user is live.down.node for each in nodes for user in each.users)
 
 
-class _Growth:
+class Growth:
     """Reads backward from one value; names of linear maps and operands by their order of meeting.
 
     Attributes: opaque: whether values that are no linear maps, or too far away, have a name, too ("x"). texts:
@@ -189,7 +192,7 @@ class _Growth:
             hidden = f"a * {right}"
             self.inside.append(top)
         (x, *others) = {through_reshapes(half.linear.x) for half in self.read}
-        if others or not _same_rows(x, down):
+        if others or not same_rows(x, down):
             return None
         gate, up = self.read[0], self.read[1] if other is not None else None
         texts = (text, self.select, self.after, hidden)
@@ -411,7 +414,7 @@ def _compared(node: Any) -> bool:
     return isinstance(node, fx.Node) and node.target in _ABOVE
 
 
-def _same_rows(x: fx.Node, down: Linear) -> bool:
+def same_rows(x: fx.Node, down: Linear) -> bool:
     """Whether the rows of x are those of ``down``, in one order, however they are shaped."""
     ours, theirs = x.meta["val"].shape[:-1], down.node.meta["val"].shape[:-1]
     if same_shape(ours, theirs):

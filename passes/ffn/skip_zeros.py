@@ -1,14 +1,17 @@
 """Feed-forward networks whose activation makes exact zeros read the weights of live neurons alone.
 
 Law.   Σ_i h_i D_i = Σ_{i: h_i ≠ 0} h_i D_i with h_i = a_i(g_i·x) u_i·x: where a_i is 0, neither u_i nor D_i
-       is read.
+       is read. Of blocks behind a router, a_i is the value r_n of the block n that neuron i is in, for any r.
 Source Mirzadeh et al. 2023, "ReLU Strikes Back" (arXiv:2310.04564), §4; Song et al. 2024, "ProSparse"
        (arXiv:2402.13516), §4.4; Li et al. 2022, "The Lazy Neuron Phenomenon" (arXiv:2210.06313); the selection
-       of Gemma 3n: You et al. 2025, "Spark Transformer" (arXiv:2506.06644), eq. 6.
+       of Gemma 3n: You et al. 2025, "Spark Transformer" (arXiv:2506.06644), eq. 6; blocks: Song et al. 2025,
+       "BlockFFN" (arXiv:2507.08771).
 Legal  in inference, in float32 or bfloat16, for 16 known rows at most (with more, some row needs nearly every
        neuron, and libraries are good at the dense product). The activation is zero for a range of what it
        reads: ReLU, ReLU², FATReLU, relu(p - b), a threshold on |p|, top-k of a row, relu(p - mean - c std).
-       Where others read the hidden value too, it stays, and the down projection alone skips.
+       Where others read the hidden value too, it stays, and the down projection alone skips. Of blocks, r is
+       made by one of these functions of any value, behind which an RMSNorm may stand (it keeps zeros, whatever
+       its weight's sign; a LayerNorm does not), and spread over views [.., N, d] or by repeat_interleave.
 Exact  in real arithmetic: what is left out is a product with zero (of a finite weight: 0 · ∞ is not computed).
 Pays   by the share of dead neurons: two of three weights of a gated network, one of two of a plain one. Whether
        the kernel or Inductor's dense code runs is measured, with all neurons live unless `density` says better.
@@ -26,6 +29,8 @@ from torch import fx
 
 from sparsecc.errors import OptionsError
 from sparsecc.passes.analysis.alias import aliases
+from sparsecc.passes.analysis.blocks import find_blocks
+from sparsecc.passes.analysis.ffn import through_reshapes
 from sparsecc.passes.analysis.live import Live, find_live
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sites import site_name
@@ -39,7 +44,7 @@ from sparsecc.passes.base import (
     RegionPass,
     Saving,
 )
-from sparsecc.passes.ffn._neurons import Rows, few, place_sparse
+from sparsecc.passes.ffn._neurons import Rows, few, input_of, place_sparse
 from sparsecc.program import Program
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, meaning
@@ -93,9 +98,11 @@ class SkipZeros(RegionPass):
             )
 
     def find(self, context: Context) -> list[Match]:
+        blocks = {live.down.node: live for live in context.analyses.get(find_blocks)}
+        others = {live.down.node: live for live in context.analyses.get(find_live)}
         return [
-            Match(live.down.node, {"live": live}, note=words(live))
-            for live in context.analyses.get(find_live)
+            Match(node, {"live": live}, note=words(live))
+            for node, live in sorted((others | blocks).items())
         ]
 
     def check(self, match: Match, context: Context) -> Refusal | None:
@@ -109,14 +116,16 @@ class SkipZeros(RegionPass):
         if self._rounded(live, context):
             return Refusal.at(node, "rounded", said["rounded"])
         weights = weights_of(live)
-        for value in (live.x, node, *live.inside, *weights):
+        read = [live.x, *([live.router] if live.router is not None else [])]
+        for value in (*read, node, *live.inside, *weights):
             fake = value.meta["val"]
             if isinstance(fake, torch.Tensor) and fake.is_floating_point():
                 alike = fake.dtype is live.x.meta["val"].dtype and fake.dtype in _DTYPES
                 if not alike or fake.device != live.x.meta["val"].device:
                     return Refusal.at(value, "dtype", said["dtype"])
-        if context.analyses.get(aliases).written(live.x):
-            return Refusal.at(live.x, "written", f"{live.x.name} is written in place")
+        for value in read:
+            if context.analyses.get(aliases).written(value):
+                return Refusal.at(value, "written", f"{value.name} is written in place")
         mode = context.analyses.get(modes)
         for inner in live.inside:
             if mode[inner] != mode[node]:
@@ -160,6 +169,15 @@ class SkipZeros(RegionPass):
         def by_neuron(h: Any, m: Any, D: Any) -> Any:
             return h @ (m[:, None] * D)  # a dead neuron's row is nothing
 
+        def routed(x: Any, r: Any, u: Any, d: Any) -> Any:
+            h = aten.silu.default((x @ u.flatten(0, 1).transpose(0, 1)).unflatten(-1, u.shape[:2]))
+            return (torch.relu(r).unsqueeze(-1) * h).flatten(-2) @ d.flatten(0, 1)
+
+        def of_blocks(x: Any, r: Any, u: Any, d: Any) -> Any:
+            spec = Spec("p0", "a * silu(p1)", gate=False, block=u.shape[1]).text()
+            weights = [u.flatten(0, 1), d.flatten(0, 1)]
+            return meaning(x, weights, [torch.relu(r)], None, spec)
+
         wide, down = ("k", "d"), ("k", "m")
         gate = {"x": ("n", "d"), "g": wide}
         masked = {"h": ("n", "k"), "m": ("k",), "D": down}
@@ -168,12 +186,25 @@ class SkipZeros(RegionPass):
                 before, after, {**gate, "u": wide, "d": down, "b": ("k",)}, ("g", "u", "d", "b")
             ),
             Example(squared, as_one, {**gate, "d": down}, ("g", "d")),
+            Example(
+                routed,
+                of_blocks,
+                {
+                    "x": ("n", "d"),
+                    "r": ("n", "k"),
+                    "u": ("k", "c", "d"),
+                    "d": ("k", "c", "m"),
+                },
+                ("u", "d"),
+            ),
             Example(every, by_neuron, masked, ("D",), symbolic=True),
         ]
 
 
 def words(live: Live) -> str:
     """The network in a line, for reports."""
+    if live.block:
+        return f"blocks of {live.block} | {live.hidden}"
     if live.gate is None:
         return "zeros of the input"
     chosen = f" | {live.select} | {live.after}" if live.select else ""
@@ -207,5 +238,11 @@ def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.
     weights.append(down.weight(build))
     activation, hidden = texts
     gate = live.gate is not None
-    spec = Spec(activation, hidden, gate, live.select, live.after, density=density)
-    place_sparse(program, node, down, (live.x, weights, operands, None, spec.text()), origin)
+    first = live.gate or live.up
+    x = input_of(node) if first is None else through_reshapes(input_of(first.linear.node))
+    spec = Spec(
+        activation, hidden, gate, live.select, live.after, density=density, block=live.block
+    )
+    if live.router is not None:
+        operands.append(live.router)
+    place_sparse(program, node, down, (x, weights, operands, None, spec.text()), origin)

@@ -61,12 +61,25 @@ Tensor sparse_ffn(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> ope
   call.neurons = weights[kernel.down].size(0);
   call.out_size = weights[kernel.down].size(1) * down.per;
   std::vector<const void*> parts, operand_data;
+  std::optional<Tensor> router;
   for (int64_t i = 0; i < kernel.parts; ++i) {
     const WeightPart& part = kernel.part[i];
     const bool reads_x = part.first != kernel.down;
     check_part(kernels, weights[i], part, call.neurons, reads_x ? call.size : call.out_size,
                reads_x ? "x and down's weight need it" : "down's weight needs it");
     parts.push_back(data(kernels, weights[i], part.type, part.name));
+  }
+  if (kernel.block) {
+    require(!operands.empty(), "no operands: the last one is the router's values");
+    router = operands.back();
+    operands.pop_back();
+    require(call.neurons % kernel.block == 0, std::to_string(call.neurons) + " neurons are no multiple of blocks of " +
+                                                  std::to_string(kernel.block));
+    const int64_t count = call.neurons / kernel.block;
+    require(router->dim() >= 1 && router->size(router->dim() - 1) == count && router->numel() == call.rows * count,
+            "the router's values are not [" + std::to_string(call.rows) + ", " + std::to_string(count) +
+                "], one for each row of x and block");
+    call.router = data(kernels, *router, kernel.type, "the router's values");
   }
   require(int64_t(operands.size()) >= kernel.operands,
           std::to_string(operands.size()) + " operands, not " + std::to_string(kernel.operands));

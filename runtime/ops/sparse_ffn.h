@@ -10,6 +10,7 @@ struct SparseFfn {
   int64_t neurons, out_size;
   const void* const* parts;     // the tensors of the weights, in a row
   const void* const* operands;  // [neurons] each
+  const void* router;           // [rows, neurons / block]; nullptr where there is no router
   const int64_t* only;          // [candidates], ascending; nullptr where all neurons are
   int64_t candidates;
   void* out;      // [rows, out_size]
@@ -25,4 +26,5 @@ struct SparseFfnKernel {
   const WeightPart* part;
   int64_t down;      // the first part of the down projection, whose rows are as long as the output's
   int64_t operands;  // at least
+  int64_t block = 0;  // neurons for each value of the router, which is the last operand; 0: there is none
 };

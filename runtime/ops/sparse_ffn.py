@@ -11,7 +11,8 @@ is one contiguous row of each.
 Sources: gathered rows as in CATS (Lee et al. 2024, arXiv:2404.08763, alg. 1) and ProSparse (Song et al. 2024,
 arXiv:2402.13516, §4.4); top-k as in Li et al. 2022, "The Lazy Neuron Phenomenon" (arXiv:2210.06313);
 statistical top-k as in You et al. 2025, "Spark Transformer" (arXiv:2506.06644, eq. 6) and in Gemma 3n; input
-thresholds as in TEAL (Liu et al. 2024, arXiv:2408.14690).
+thresholds as in TEAL (Liu et al. 2024, arXiv:2408.14690); blocks of neurons behind a router as in BlockFFN
+(Song et al. 2025, arXiv:2507.08771).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 import ast
 import functools
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +40,9 @@ FUNCTIONS = ("abs", "sqrt", "maximum", "minimum", "keep", "fatrelu")
 class Spec:
     """y[m] = sum over live i of h[m, i] D[i]; a neuron i is live where a[m, i] is not 0.
 
-    a = after(select(activation(p0, v…))), h = hidden(a, p1, v…), with p0 = x Gᵀ and p1 = x Uᵀ.
+    a = after(select(activation(p0, v…))), h = hidden(a, p1, v…), with p0 = x Gᵀ and p1 = x Uᵀ. Of blocks,
+    p0[m, i] is r[m, i // block], with the router's values r: each but 0 makes its block live, also negative
+    ones and NaN.
 
     Attributes:
         activation: over p0 and v0, v1, … (vectors over neurons, by operand). Without a gate p0 is x itself.
@@ -48,6 +52,8 @@ class Spec:
             and the others become 0; "gaussian <c>": relu(a - mean(a) - c std(a)), with the population's std.
         after: over a and v…, behind ``select``.
         formats: how gate, up and down are kept, of those there are; down without rounding what it reads.
+        block: how many neurons one value of a router stands for. There is no gate then, and no selection; the
+            last operand is the router's values ``[..., F // block]`` for each row of x. 0: there is no router.
         density: the share of neurons that is live, as far as it is known; kernels are measured at it.
         label: under which kernels count live neurons; none ("") is not counted.
     """
@@ -60,6 +66,7 @@ class Spec:
     formats: tuple[str, ...] = ()
     density: float = 1.0
     label: str = ""
+    block: int = 0
 
     @functools.cached_property
     def trees(self) -> tuple[ast.expr, ast.expr, ast.expr]:
@@ -106,7 +113,10 @@ class Spec:
         return float(self.select.split()[1]) if self.select.startswith("gaussian ") else None
 
     def text(self) -> str:
-        return json.dumps(asdict(self))
+        fields = asdict(self)
+        if not self.block:  # texts, and with them kernels, are as they were
+            del fields["block"]
+        return json.dumps(fields)
 
     def source(self) -> Spec:
         """What a kernel's source depends on: neither what is measured nor what is counted."""
@@ -130,6 +140,10 @@ class Spec:
             raise ValueError(f"sparse_ffn: {count} formats for {1 + spec.gate + spec.up} weights")
         if spec.select and not re.fullmatch(r"top [1-9]\d*|gaussian -?[\d.e+-]+", spec.select):
             raise ValueError(f"sparse_ffn: {spec.select!r} selects nothing")
+        if type(spec.block) is not int or spec.block < 0:
+            raise ValueError(f"sparse_ffn: a block has 1 neuron at least, not {spec.block!r}")
+        if spec.block and (spec.gate or spec.select):
+            raise ValueError("sparse_ffn: a router's blocks beside a gate or a selection")
         for tree, values in zip(spec.trees, (("p0",), ("a",), ("a", "p1")), strict=True):
             for name in expressions.names(tree):
                 if name not in values and not re.fullmatch(r"v\d+", name):
@@ -159,6 +173,20 @@ def selected(spec: Spec, a: torch.Tensor) -> torch.Tensor:
     return a
 
 
+def spread(router: torch.Tensor, rows: Sequence[int], neurons: int, block: int) -> torch.Tensor:
+    """The router's value of every neuron, ``[*rows, neurons]``.
+
+    Raises:
+        ValueError: ``router`` is not ``[..., neurons // block]`` for so many rows.
+    """
+    if router.shape[-1] * block != neurons or router.shape[:-1].numel() != math.prod(rows):
+        raise ValueError(
+            f"sparse_ffn: router {list(router.shape)} for {math.prod(rows)} rows of {neurons} neurons "
+            f"in blocks of {block}"
+        )
+    return router.reshape(*rows, router.shape[-1]).repeat_interleave(block, -1)
+
+
 def hidden(
     spec: Spec,
     x: torch.Tensor,
@@ -167,6 +195,11 @@ def hidden(
     only: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """h ``[..., F]`` in x's dtype: what the down projection reads."""
+    p0 = x
+    if spec.block:
+        *operands, router = operands
+        neurons = weights[spec.slots[-1].start].shape[0]
+        p0 = spread(router.to(x.dtype), x.shape[:-1], neurons, spec.block)
     values = {f"v{i}": operand.to(x.dtype) for i, operand in enumerate(operands)}
     slots = iter(zip(spec.kept, spec.slots, strict=True))
 
@@ -177,7 +210,7 @@ def hidden(
         return formats.product(x, form.name, weights[slot])
 
     first, after, last = spec.trees
-    a = expressions.evaluate(first, values | {"p0": product() if spec.gate else x})
+    a = expressions.evaluate(first, values | {"p0": product() if spec.gate else p0})
     a = expressions.evaluate(after, values | {"a": selected(spec, a)})
     if only is not None:
         live = torch.zeros(a.shape[-1], dtype=torch.bool, device=a.device).index_fill(0, only, True)
@@ -203,9 +236,10 @@ def meaning(
     of a dead neuron is infinite or NaN: 0 · ∞ is NaN here, and is not computed there.
 
     Args:
-        x: ``[..., K]`` of a float dtype; without a gate ``[..., F]``.
+        x: ``[..., K]`` of a float dtype; without a gate and a router ``[..., F]``.
         weights: the tensors of gate and up ``[F, K]`` and down ``[F, N]``, as the formats have them, in a row.
-        operands: ``[F]`` each, of x's dtype.
+        operands: ``[F]`` each, of x's dtype; the last of a spec of blocks ``[..., F // block]``, with as many
+            rows as x.
         only: int64 ``[C]``, ascending: the neurons that may be live; None for all. Not beside ``select``.
         kernel: the text of a :class:`Spec`.
 
@@ -213,8 +247,8 @@ def meaning(
         ``[..., N]``, of x's dtype.
 
     Raises:
-        ValueError: the text is no spec, the tensors of a weight are not of its format, or ``only`` stands
-            beside a selection.
+        ValueError: the text is no spec, the tensors of a weight are not of its format, ``only`` stands
+            beside a selection, or the router's values do not fit.
     """
     spec = Spec.of(kernel)
     if only is not None and spec.select:
@@ -234,23 +268,27 @@ def at_density(
 ) -> None:
     """Changes random arguments in place, so that the spec's density of neurons is live for every row.
 
-    Inputs become positive, and the gate's row of a dead neuron negative; its thresholds become infinite. Of a
-    selection, ``select`` itself says how many neurons are live.
+    Inputs become positive, and the gate's row of a dead neuron negative; its thresholds become infinite; the
+    router's value of a dead block becomes 0. Of a selection, ``select`` itself says how many neurons are live.
     """
     del only
     spec = Spec.of(kernel)
-    neurons = weights[spec.slots[-1].start].shape[0]
+    neurons = weights[spec.slots[-1].start].shape[0] // (spec.block or 1)
     order = torch.randperm(neurons, generator=torch.Generator().manual_seed(0))
     live = torch.zeros(neurons, dtype=torch.bool)
     live[order[: round(spec.density * neurons)]] = True
     live = live.to(x.device)
+    if spec.block:
+        *operands, router = operands
+        router.fill_(1.0).mul_(live)
+        live = live.repeat_interleave(spec.block)
     for operand in operands:
         operand.fill_(1e-3)
     calls = (node for tree in spec.trees for node in ast.walk(tree) if isinstance(node, ast.Call))
     for bound in (call.args[1] for call in calls if len(call.args) == 2):
         if isinstance(bound, ast.Name) and bound.id[0] == "v":
             operands[int(bound.id[1:])].masked_fill_(~live, torch.inf)
-    if spec.select:
+    if spec.select or spec.block:
         return
     x.abs_()
     if not spec.gate:
