@@ -33,15 +33,16 @@ def select(program: Program, options: Options, record: GraphReport) -> None:
     for node in program.calls(*KINDS):
         kind = KINDS[node.target]
         args: Any = fx.map_arg(node.args, lambda n: n.meta["val"])
-        key = _key((*args[:-1], kind.alike(args[-1])))
+        alike = (*args[:-1], kind.alike(args[-1]))
+        key = _key(alike)
         choice = choices.get(key)
         if choice is None:
-            choice = choices[key] = _choose(kind, args, key, options)
+            choice = choices[key] = _choose(kind, alike, key, options)
             record.kernels.append(choice)
         else:
             choice.count += 1
-            if choice.chosen != "aten" and kind.alike(args[-1]) != args[-1]:
-                kind.kernels(args)  # loaded under its own text
+        if choice.chosen != "aten" and alike[-1] != args[-1]:
+            kind.kernels(args)  # loaded under its own text, which measuring must not count for
         if choice.chosen != "aten":
             node.target = kind.native
     if choices:

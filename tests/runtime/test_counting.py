@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support import agrees_with_fp64, randomise, run
 from torch import nn
 
 import sparsecc
+from sparsecc import kernels, measurement
 
 D, WIDE = 24, 56
 
@@ -22,12 +25,25 @@ class Net(nn.Module):
         return self.two(x + self.one(x))
 
 
-@pytest.mark.parametrize("count", [True, False])
-def test_counts(count: bool) -> None:
+def measure(variants: Any, args: Any, prepare: Any) -> tuple[dict[str, float], bool]:
+    """Every variant runs, as in a measurement; the kernel wins."""
+    for variant in variants.values():
+        variant.call(*measurement.arguments(args, prepare))
+    return {"aten": 2.0, "cpp": 1.0}, False
+
+
+@pytest.mark.parametrize(
+    ("codegen", "count"), [("cpp", True), ("cpp", False), ("auto", True)], ids=str
+)
+def test_counts(codegen: str, count: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "measure", measure)
+    monkeypatch.setattr(kernels, "_remembered", lambda *_: None)
     model, x = randomise(Net()).eval(), torch.randn(3, D)
     sparsecc.reset_live_neurons()
     with torch.no_grad():
-        result, report = run(model, x, passes=["skip-zeros"], codegen="cpp", count=count)
+        result, report = run(
+            model, x, passes=["skip-zeros"], codegen=codegen, count=count, lower="inductor"
+        )
         agrees_with_fp64(model, x, result)
         model.float()
         hidden = model.one[:2](x)
