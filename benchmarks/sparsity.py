@@ -41,6 +41,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "CATS 30%": ("cats", {"sparsity": 0.3}),
     "CATS 50%": ("cats", {"sparsity": 0.5}),
     "CATS 70%": ("cats", {"sparsity": 0.7}),
+    "CETT 0.2": ("cett", {"cett": 0.2}),
     "TEAL 25%": ("teal", {"sparsity": 0.25, "skip": ["*embed_tokens*"]}),
     "TEAL 40%": ("teal", {"sparsity": 0.4, "skip": ["*embed_tokens*"]}),
     "TEAL 50%": ("teal", {"sparsity": 0.5, "skip": ["*embed_tokens*"]}),

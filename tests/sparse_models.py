@@ -96,6 +96,12 @@ def kept_activations(ffn: FFN, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor
     return a if u is None else a * u
 
 
+def sizes_of_outputs(weight: torch.Tensor) -> torch.Tensor:
+    """What rows of a weight [N, K] are divided by before they are rounded by column in int8; 1 for zeros."""
+    _, exponent = weight.abs().amax(1).frexp()
+    return (2.0**exponent).where(weight.abs().amax(1) > 0, 1.0)
+
+
 def recipe(
     site: str = "down.weight", shape: tuple[int, int] = (D, NEURONS), **given: Any
 ) -> Recipe:

@@ -121,21 +121,50 @@ def rows_of(ffn: FFN, program: Program, weights: WeightValues) -> tuple[Rows, Ro
     return gate, up, down
 
 
-def kept(build: WeightBuilder, rows: Rows, recipe: Recipe) -> tuple[str, list[fx.Node]]:
-    """The format of a weight by neuron, and its tensors; it is dense where the recipe does not round it.
+@dataclass(frozen=True)
+class Kept:
+    """A weight by neuron in a format.
 
-    Clips of the recipe are of rows of W: of down, which is rounded by neuron, they are not taken.
+    Attributes:
+        parts: its tensors.
+        scale: what the result is to be multiplied by, ``[N]``; None for nothing.
+    """
+
+    form: str
+    parts: list[fx.Node]
+    scale: fx.Node | None = None
+
+
+def kept(build: WeightBuilder, rows: Rows, recipe: Recipe) -> Kept:
+    """A weight by neuron, dense where the recipe does not round it.
+
+    Clips of the recipe are of rows of W: of down, which is rounded by neuron, they are not taken. In int8 its
+    columns, one for each output, are brought to one size before: a few large outputs of a residual stream
+    would make the others' levels coarse.
     """
     form = recipe.sites.get(rows.site, "dense")
-    weight = rows.weight(build)
+    weight, scale = rows.weight(build), None
     if form == "dense":
-        return form, [weight]
+        return Kept(form, [weight])
+    if rows.axis == rows.linear.in_axis and Format.of(form).kind == "int8":
+        scale = _sizes_of_outputs(build, weight)
+        weight = build.call(aten.div.Tensor, weight, scale)
     clip: Any = recipe.clips.get(rows.site) if rows.axis == rows.linear.out_axis else None
     if clip is not None:
         clip = clip if rows.part is None else clip[rows.part]
         clip = build.program.constant(clip.float(), like=build.like, origin=build.origin)
     parts = range(len(Format.of(form).parts))
-    return form, [build.call(rounded_weight, weight, clip, form, i) for i in parts]
+    return Kept(form, [build.call(rounded_weight, weight, clip, form, i) for i in parts], scale)
+
+
+def _sizes_of_outputs(build: WeightBuilder, weight: fx.Node) -> fx.Node:
+    """max|D[:, n]| up to the next power of 2, by which dividing and multiplying are exact; 1 for zeros."""
+    most = build.call(aten.amax.default, build.call(aten.abs.default, build.wide(weight)), [0])
+    power = build.call(aten.ceil.default, build.call(aten.log2.default, most))
+    size = build.call(aten.exp2.default, power)
+    none = build.call(aten.eq.Scalar, most, 0)
+    size = build.call(aten.where.ScalarSelf, none, 1.0, size)
+    return build.as_dtype(size, weight.meta["val"].dtype)
 
 
 def refuse_formats(read: Iterable[Rows], recipe: Recipe, context: Context) -> Refusal | None:
@@ -190,9 +219,18 @@ def input_of(node: fx.Node) -> fx.Node:
 
 
 def place_sparse(
-    program: Program, node: fx.Node, rows: Rows, args: tuple[Any, ...], origin: str
+    program: Program,
+    node: fx.Node,
+    rows: Rows,
+    args: tuple[Any, ...],
+    origin: str,
+    scale: fx.Node | None = None,
 ) -> None:
-    """``sparse_ffn`` of ``args`` in place of ``node``, the layer of ``rows``; its bias is added behind."""
+    """``sparse_ffn`` of ``args`` in place of ``node``, the layer of ``rows``.
+
+    Args:
+        scale: of the outputs, ``[N]``, as of :class:`Kept`. The layer's bias is added behind.
+    """
     place: dict[str, Any] = {"like": node, "origin": origin, "before": node}
     for value in (*args[1], *args[2]):
         program.bring_before(value, node)
@@ -200,6 +238,9 @@ def place_sparse(
     shape = node.meta["val"].shape
     if not same_shape(result.meta["val"].shape, shape):
         result = program.call(aten.reshape.default, (result, list(shape)), **place)
+    if scale is not None:
+        program.bring_before(scale, node)
+        result = program.call(aten.mul.Tensor, (result, scale), **place)
     bias = rows.linear.bias
     if bias is not None:
         program.bring_before(bias, node)

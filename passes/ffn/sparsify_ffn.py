@@ -229,20 +229,16 @@ class SparsifyFFN(Pass):
             texts.hidden = product
             if given["law"] == "hidden":
                 texts.hidden = f"keep({product}, {texts.add(self._thresholds(match, program))})"
-        formats: list[str] = []
-        tensors: list[fx.Node] = []
-        for rows in (gate, up, down):
-            if rows is not None:
-                form, parts = kept(build, rows, self.recipe)
-                formats.append(form)
-                tensors += parts
+        weights = [kept(build, rows, self.recipe) for rows in (gate, up, down) if rows is not None]
+        formats = [weight.form for weight in weights]
+        tensors = [part for weight in weights for part in weight.parts]
         x = input_of(ffn.up.node)
         only = self._core(match, program, x) if given["law"] == "core" else None
         text = texts.spec(
             True, _formats(formats), share(given, _sizes(ffn.up.x)) if only is None else 1.0
         )
         args = (x, tensors, texts.operands, only, text)
-        place_sparse(program, node, down, args, self.name)
+        place_sparse(program, node, down, args, self.name, weights[-1].scale)
 
     def _decide(self, texts: _Texts, match: Match, program: Program, inner: str) -> None:
         """The texts up to a: of ``inner``, what the activation reads."""
@@ -320,10 +316,10 @@ class SparsifyFFN(Pass):
         node, down = match.node, match.nodes["rows"][-1]
         if down.site not in self.recipe.sites:
             return
-        form, parts = kept(program.weight(self.name, node), down, self.recipe)
-        text = Spec("p0", "a", gate=False, formats=(form,)).text()
-        args: tuple[Any, ...] = (input_of(node), parts, [], None, text)
-        place_sparse(program, node, down, args, self.name)
+        weight = kept(program.weight(self.name, node), down, self.recipe)
+        text = Spec("p0", "a", gate=False, formats=(weight.form,)).text()
+        args: tuple[Any, ...] = (input_of(node), weight.parts, [], None, text)
+        place_sparse(program, node, down, args, self.name, weight.scale)
 
     # ---- what it saves, and its law ----------------------------------------------------------------------
 

@@ -114,11 +114,12 @@ class SparsifyInput(Pass):
             kept_x = program.call(sparse_activation, args, like=node, origin=self.name, before=node)
             rows.linear.set_input(program, kept_x)
             return
-        form, parts = kept(build, rows, self.recipe)
-        formats = () if form == "dense" else (form,)
+        found = kept(build, rows, self.recipe)
+        formats = () if found.form == "dense" else (found.form,)
         density = share(match.nodes["given"], x.meta["val"].shape[:-1]) if _few(x) else 1.0
         spec = Spec(_KEEP, "a", gate=False, formats=formats, density=density)
-        place_sparse(program, node, rows, (x, parts, [limit], None, spec.text()), self.name)
+        given = (x, found.parts, [limit], None, spec.text())
+        place_sparse(program, node, rows, given, self.name, found.scale)
 
     def saving(self, match: Match, context: Context) -> Saving:
         rows = match.nodes["rows"]

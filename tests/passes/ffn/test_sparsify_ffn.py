@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from quant_models import recipe_of
-from sparse_models import FFN, NEURONS, D, Flat, kept_activations, recipe, sparse
+from sparse_models import FFN, NEURONS, D, Flat, kept_activations, recipe, sizes_of_outputs, sparse
 from support import error, fp64, managed_by_fsdp, randomise, run
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -269,12 +269,19 @@ def rounded(model: FFN, form: str) -> nn.Module:
     for name, layer in twin.named_children():
         weight = layer.weight.detach()
         by_row = name != "down"
-        kept = formats.quantize(weight if by_row else weight.t().contiguous(), form)
+        scale = sizes_of_outputs(weight) if form == "int8" and not by_row else torch.ones(())
+        kept = formats.quantize(weight if by_row else (weight.t() / scale).contiguous(), form)
 
-        def forward(x: Any, kept: Any = kept, bias: Any = layer.bias, by_row: bool = by_row) -> Any:
+        def forward(
+            x: Any,
+            kept: Any = kept,
+            bias: Any = layer.bias,
+            by_row: bool = by_row,
+            scale: Any = scale,
+        ) -> Any:
             if by_row:
                 return formats.product(x, form, kept) + bias
-            return x @ formats.dequantize(form, kept, torch.float64) + bias
+            return x @ formats.dequantize(form, kept, torch.float64) * scale + bias
 
         layer.forward = forward  # type: ignore[method-assign]
     return twin
@@ -306,6 +313,23 @@ def test_rounded_weights(law: str, kind: str, form: str, x: torch.Tensor) -> Non
     assert report[NAME].applied == 1
     assert report["quantize-linear"].applied == (0 if x is FEW else 2 - (kind != "gated"))
     assert error(result, expected) < error(exact, expected) / 5
+
+
+def test_a_large_output_does_not_make_the_others_coarse() -> None:
+    """One 1000 times as large, as residual streams have them, and one of zeros."""
+    model = randomise(FFN()).eval()
+    with torch.no_grad():
+        model.down.weight[3] *= 1000
+        model.down.weight[5] = 0
+        given = recipe(law="activation", t=0 * T)
+        given.sites, given.shapes = {"down.weight": "int8"}, {"down.weight": [D, NEURONS]}
+        for x in (FEW, MANY):
+            result, report = run(model, x, recipe=given, codegen="aten")
+            exact = fp64(model)(x.double())
+            assert report[NAME].applied == 1
+            others = [i for i in range(D) if i != 3]
+            assert error(result[..., others], exact[..., others]) < 0.01
+            assert error(result[..., 3], exact[..., 3]) < 0.01
 
 
 @pytest.mark.parametrize(("density", "skips"), [(0.5, 1), (0.95, 0)])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from quant_models import recipe_of
+from sparse_models import sizes_of_outputs
 from support import error, fp64, managed_by_fsdp, randomise, run
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -53,8 +54,9 @@ def sparse(model: nn.Module, limits: dict[str, torch.Tensor], form: str | None =
         t = limits[f"{name}.weight"].double()
         weight = layer.weight.detach()
         if form is not None:
-            kept = formats.quantize(weight.t().contiguous(), form)
-            weight = formats.dequantize(form, kept, torch.float64).t()
+            scale = sizes_of_outputs(weight)
+            kept = formats.quantize((weight.t() / scale).contiguous(), form)
+            weight = (formats.dequantize(form, kept, torch.float64) * scale).t()
 
         def forward(x: Any, t: Any = t, weight: Any = weight, bias: Any = layer.bias) -> Any:
             return nn.functional.linear(x * (x.abs() > t), weight, bias)
