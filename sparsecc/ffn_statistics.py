@@ -68,7 +68,8 @@ class FFNObservations:
     Attributes:
         ffns: site -> statistics.
         batches: how many were seen.
-        left_out: sites that are several weights (one graph serves many layers), which no recipe can name.
+        left_out: sites that are several weights (one graph serves many layers), which no recipe can name; and
+            those of networks of 1×1 convolutions, whose rows are not last.
         about: facts about the model.
     """
 

@@ -70,6 +70,10 @@ class _Observer:
     def site(self, at: At, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> None:
         """Of a visitor: only whole networks are looked at."""
 
+    def not_shown(self, site: str) -> None:
+        if site and site not in self.seen.left_out:
+            self.seen.left_out.append(site)
+
     def ffn(self, at: FFNAt, a: torch.Tensor, h: torch.Tensor, down: torch.Tensor) -> None:
         if at.site in self.seen.left_out:
             return

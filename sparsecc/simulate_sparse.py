@@ -59,6 +59,9 @@ class SparseSimulation:
             return h.masked_fill(selected(Spec("p0", "a", select=f"top {k}"), a) == 0, 0.0)
         return None
 
+    def not_shown(self, site: str) -> None:
+        """Of a visitor: no recipe is carried out there."""
+
     def _law(self, site: str) -> str:
         if self.recipe is None or self.paused or site not in self.recipe.sparsity:
             return ""

@@ -115,6 +115,9 @@ class FFNVisitor(Visitor, Protocol):
             down: the weight by neuron, [F, N].
         """
 
+    def not_shown(self, site: str) -> None:
+        """The network of this down projection is not shown: it is made of convolutions."""
+
 
 @contextlib.contextmanager
 def watched(
@@ -247,6 +250,9 @@ def _ffns(
         weights = analyses.get(weight_values)
         for ffn in find_ffns(program, analyses):
             site = site_name(program, ffn.down.weight, weights)
+            if ffn.is_conv:
+                visitor.not_shown(site)
+                continue
             read_once = all(len(v.users) == 1 for v in (ffn.activation, *between(ffn)))
             if site and read_once:
                 words = target_name(ffn.activation)

@@ -40,7 +40,7 @@ class RaiseGatedFFN(Pass):
         maps = context.analyses.get(every_linear)
         matches = []
         for node in context.program.calls(aten.mul.Tensor):
-            gated = as_gated(node, maps)
+            gated = as_gated(node, maps) or as_gated(node, maps, axis=1)
             if gated is not None and not gated.activated_first:
                 matches.append(Match(node, {"activation": gated.activation}))
         return matches

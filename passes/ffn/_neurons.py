@@ -114,7 +114,7 @@ def rows_of(ffn: FFN, program: Program, weights: WeightValues) -> tuple[Rows, Ro
         return gate, up, down
     width = ffn.up.features // 2
     parts = [slice(0, width), slice(width, 2 * width)]
-    first = half_of(ffn.halves[0])
+    first = half_of(ffn.halves[0], ffn.axis)
     if first is not None and first[1] == 1:
         parts.reverse()
     gate, up = (Rows(ffn.up, named(ffn.up), ffn.up.out_axis, part) for part in parts)

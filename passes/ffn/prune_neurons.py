@@ -6,7 +6,8 @@ Source Wang et al. 2025, "CFSP" (arXiv:2409.13199); Li et al. 2017, "Pruning Fil
        ConvNets" (structured pruning). Which neurons stay, the recipe's method chose.
 Legal  when the values between the first linear maps and the down projection have no other reader, and no
        other node reads the weights. A fused gate and up is cut in both halves, which are found again at their
-       new place. A recipe whose neurons do not fit the network is an error.
+       new place. Layers are products or 1×1 convolutions, which keep their memory format. A recipe whose
+       neurons do not fit the network is an error.
 Lossy  against the whole network; equal to the masked one in real arithmetic.
 Pays   the pruned share of the network's arithmetic, of the bytes of its weights and of the values between, at
        every number of rows.
@@ -22,6 +23,7 @@ import torch
 from torch import fx
 
 from sparsecc.errors import RecipeError
+from sparsecc.passes.analysis.convolutions import memory_format
 from sparsecc.passes.analysis.ffn import FFN, find_ffns, half_of
 from sparsecc.passes.analysis.linear import Linear, current, every_linear, is_given
 from sparsecc.passes.analysis.reindex import resized
@@ -120,7 +122,8 @@ class PruneNeurons(Pass):
         between = _between(ffn)
         for node in between:
             for user in node.users:
-                if user not in between and user is not down.node and not _asks_other_sizes(user):
+                outside = user not in between and user is not down.node
+                if outside and not _asks_other_sizes(user, ffn.axis):
                     words = f"{user.name} reads {node.name} too"
                     return Refusal.at(user, "fan-out", words)
         weights = context.analyses.get(weight_values)
@@ -131,6 +134,9 @@ class PruneNeurons(Pass):
         for node in between:
             if not _holds(node, ffn, len(match.nodes["kept"])):
                 return Refusal.at(node, "layout", self.refusals["layout"])
+        for linear in ffn.layers:
+            if ffn.is_conv and memory_format(linear.weight.meta["val"]) is None:
+                return Refusal.at(linear.node, "layout", self.refusals["layout"])
         if context.program.recomputes:
             code = "training" if context.trains else "gathered"
             return Refusal.at(match.node, code, self.refusals[code])
@@ -139,10 +145,10 @@ class PruneNeurons(Pass):
     def rewrite(self, match: Match, context: Context) -> None:
         program, kept = context.program, match.nodes["kept"]
         ffn: FFN = match.nodes["ffn"]
-        size, count = _neurons(ffn), len(kept)
+        size, count = ffn.neurons, len(kept)
         # Before anything is edited: the order of the graph, and who reads what.
         between = sorted(_between(ffn))
-        places = {node: half_of(node) for node in ffn.halves or ()}
+        places = {node: half_of(node, ffn.axis) for node in ffn.halves or ()}
         both = kept if ffn.halves is None else torch.cat([kept, kept + size])
         for linear in ffn.layers:
             first = linear is not ffn.down
@@ -151,14 +157,12 @@ class PruneNeurons(Pass):
         for node in between:
             place = places.get(node)
             if place is not None:
-                self._replace_half(program, node, *place, count)
+                self._replace_half(program, node, *place, ffn.axis, count)
             elif isinstance(node.meta.get("val"), torch.Tensor):
-                old = node.meta["val"].shape
-                width = int(old[-1]) // size * count
+                width = int(node.meta["val"].shape[ffn.axis]) // size * count
                 if node not in linears:
-                    _resize(node, width)
-                shape = [*old[:-1], width]
-                node.meta["val"] = program.fake(aten.new_empty.default, (node, shape), {})
+                    _resize(node, ffn.axis, width)
+                node.meta["val"] = _narrowed(program, node, ffn.axis, width)
                 node.meta[MOVED] = "its pruned neurons are gone"
         program.version += 1
 
@@ -172,16 +176,19 @@ class PruneNeurons(Pass):
         )
         axis = now.out_axis if rows else now.in_axis
         weight = build.call(aten.index_select.default, now.weight, axis, index)
+        if now.is_conv:  # its strides say where the result has its channels
+            order = memory_format(now.weight.meta["val"])
+            weight = build.call(aten.clone.default, weight, memory_format=order)
         bias = None
         if rows and now.bias is not None:
             bias = build.call(aten.index_select.default, now.bias, 0, index)
         now.set_weights(program, self.name, weight=weight, bias=bias)
 
     def _replace_half(
-        self, program: Program, node: fx.Node, whole: fx.Node, half: int, count: int
+        self, program: Program, node: fx.Node, whole: fx.Node, half: int, axis: int, count: int
     ) -> None:
         """The first or the second half of a fused gate and up, at its new place."""
-        start, axis = half * count, whole.meta["val"].dim() - 1
+        start, axis = half * count, axis % whole.meta["val"].dim()
         new = program.call(
             aten.slice.Tensor,
             (whole, axis, start, start + count),
@@ -194,7 +201,7 @@ class PruneNeurons(Pass):
 
     def saving(self, match: Match, context: Context) -> Saving:
         ffn: FFN = match.nodes["ffn"]
-        size = _neurons(ffn)
+        size = ffn.neurons
         dead = size - len(match.nodes["kept"])
         layers = ffn.layers
         moved = sum(nbytes(linear.weight) for linear in layers) + 2 * nbytes(ffn.hidden)
@@ -219,10 +226,6 @@ class PruneNeurons(Pass):
         return [Example(before, after, shapes, ("G", "a", "U", "D", "c"), symbolic=True)]
 
 
-def _neurons(ffn: FFN) -> int:
-    return int(ffn.down.weight.meta["val"].shape[ffn.down.in_axis])
-
-
 def _between(ffn: FFN) -> dict[fx.Node, None]:
     """The first layers and all values from there to what the down projection reads."""
     first = {linear.node for linear in ffn.layers[:-1]}
@@ -238,7 +241,7 @@ def _between(ffn: FFN) -> dict[fx.Node, None]:
     return found
 
 
-def _asks_other_sizes(user: fx.Node) -> bool:
+def _asks_other_sizes(user: fx.Node, features: int) -> bool:
     """Whether ``user`` asks for a dtype, or a size other than the number of neurons."""
     if not is_shape_query(user):
         return False
@@ -246,7 +249,8 @@ def _asks_other_sizes(user: fx.Node) -> bool:
         return False
     value: Any = user.args[0]
     axis: Any = user.args[1]
-    return bool(axis % value.meta["val"].dim() != value.meta["val"].dim() - 1)
+    rank = value.meta["val"].dim()
+    return bool(axis % rank != features % rank)
 
 
 def _holds(node: fx.Node, ffn: FFN, count: int) -> bool:
@@ -258,14 +262,33 @@ def _holds(node: fx.Node, ffn: FFN, count: int) -> bool:
         return True
     layers = {linear.node for linear in ffn.layers}
     reshapes = node not in layers and node not in (ffn.activation, ffn.hidden)
-    if reshapes and resized(node, value.dim() - 1, count) is None:
+    if reshapes and resized(node, ffn.axis % value.dim(), count) is None:
         return False
-    return is_contiguous(value)
+    # Of one channel, an image is both channels first and channels last.
+    return is_contiguous(value) or (count > 1 and _channels_last(value, ffn.axis))
 
 
-def _resize(node: fx.Node, width: int) -> None:
+def _channels_last(value: torch.Tensor, axis: int) -> bool:
+    """Whether features that are not the last axis are last in memory, and the others in order."""
+    return axis == 1 and is_contiguous(value.movedim(1, -1))
+
+
+def _narrowed(program: Program, node: fx.Node, axis: int, width: int) -> torch.Tensor:
+    """The fake value of ``node`` with ``width`` features, in the same order of memory."""
+    value = node.meta["val"]
+    shape = list(value.shape)
+    shape[axis] = width
+    if is_contiguous(value):
+        result: torch.Tensor = program.fake(aten.new_empty.default, (node, shape), {})
+        return result
+    shape.append(shape.pop(1))
+    moved: torch.Tensor = program.fake(aten.new_empty.default, (node, shape), {})
+    return moved.movedim(-1, 1)
+
+
+def _resize(node: fx.Node, axis: int, width: int) -> None:
     """Let a view name the new number of neurons; elementwise operators name none."""
-    found = resized(node, node.meta["val"].dim() - 1, width)
+    found = resized(node, axis % node.meta["val"].dim(), width)
     if found is not None:
         node.target, node.args = found
 

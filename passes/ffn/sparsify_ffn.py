@@ -107,6 +107,7 @@ class SparsifyFFN(Pass):
     pays: ClassVar[str] = "decoding: of up and down only the rows of live neurons are read"
     refusals: ClassVar[Mapping[str, str]] = {
         **{code: words for code, words in WORDS.items() if code != "given"},
+        "conv": "its layers are 1×1 convolutions: its rows are the pixels, which are many, and not last",
         "activation": "the law does not hold for this activation, or the operator has no such function",
         "read": "something else reads the activation or the hidden value",
         "shape": "the result is reshaped to sizes that are not known",
@@ -122,8 +123,8 @@ class SparsifyFFN(Pass):
             if given is None or given.get("law") not in LAWS:
                 continue
             width = ffn.down.features
-            self.recipe.check({site: [width, _neurons(ffn)]})
-            self._check_numbers(site, given, _neurons(ffn))
+            self.recipe.check({site: [width, ffn.neurons]})
+            self._check_numbers(site, given, ffn.neurons)
             roles = {"ffn": ffn, "rows": rows, "given": given, "site": site}
             found.append(Match(ffn.down.node, roles, note=f"{site}: {given['law']}"))
         return found
@@ -160,6 +161,8 @@ class SparsifyFFN(Pass):
     def check(self, match: Match, context: Context) -> Refusal | None:
         ffn: FFN = match.nodes["ffn"]
         node: fx.Node = match.node
+        if ffn.is_conv:
+            return Refusal.at(node, "conv", self.refusals["conv"])
         if context.trains or context.program.transient:
             code = "training" if context.trains else "gathered"
             return Refusal.at(node, code, WORDS[code])
@@ -263,7 +266,7 @@ class SparsifyFFN(Pass):
         build = program.weight(self.name, match.node)
         known = self.recipe.thresholds[match.nodes["site"]]
         dtype = match.node.meta["val"].dtype
-        return vector(build, known, _neurons(match.nodes["ffn"]), dtype)
+        return vector(build, known, match.nodes["ffn"].neurons, dtype)
 
     def _core(self, match: Match, program: Program, x: fx.Node) -> fx.Node:
         node, site = match.node, match.nodes["site"]
@@ -356,10 +359,6 @@ class SparsifyFFN(Pass):
             Example(masked, without_rows, {**shapes, "m": ("k",)}, ("G", "U", "D"), symbolic=True),
             Example(spelled, as_one, more, ("G", "U", "D", "b", "t")),
         ]
-
-
-def _neurons(ffn: FFN) -> int:
-    return int(ffn.hidden.meta["val"].shape[-1])
 
 
 def _sizes(node: fx.Node) -> list[Any]:

@@ -110,7 +110,7 @@ def test_sliced_equals_masked(kind: str, dynamic: bool | None) -> None:
 def test_a_wrong_index_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """Halves of a fused network that are not found again at their new place."""
     real = prune_neurons.half_of
-    monkeypatch.setattr(prune_neurons, "half_of", lambda node: (real(node)[0], 0))
+    monkeypatch.setattr(prune_neurons, "half_of", lambda *given: (real(*given)[0], 0))
     model = fp64(randomise(Net(split))).eval()
     with torch.no_grad():
         result, report = run(model, X, **exactly(recipe_of()))
