@@ -107,9 +107,15 @@ def sparsify(
 
 
 def density(recipe: Recipe) -> float:
-    """The mean share of neurons or features that count, over the sites of a recipe."""
-    shares = [float(each["density"]) for each in recipe.sparsity.values()]
+    """The mean share of neurons or features that count, over the layers that the method looked at."""
+    sites = recipe.sparsity.keys() | (recipe.shapes.keys() - recipe.sites.keys())
+    shares = [kept_share(recipe.sparsity.get(site, {})) for site in sites]
     return sum(shares) / max(1, len(shares))
+
+
+def kept_share(entry: Mapping[str, Any]) -> float:
+    """Of one layer, by its entry in a recipe: of law "prune" the share of neurons; 1 without an entry."""
+    return float(entry.get("density", entry.get("keep", 1.0)))
 
 
 def _observe(
