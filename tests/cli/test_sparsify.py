@@ -47,6 +47,18 @@ def test_a_search_says_what_it_tried(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert len(held) == 10
 
 
+def test_whole_neurons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output, arguments = tmp_path / "r.json", ["--method", "cfsp"]
+    for pair in ("sparsity=0.25", "multiple=8", "blocks=blocks.*"):
+        arguments += ["--method-option", pair]
+    assert main(["sparsify", MODEL, "-o", str(output), *DATA, *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert Recipe.load(output).options["blocks"] == ["blocks.*"]
+    assert "1 layer sparse, 75.0% kept" in shown
+    (row,) = [line for line in shown.splitlines() if DOWN in line]
+    assert row.split() == [DOWN, "prune", "96", "neurons", "75.0%"]
+
+
 def test_facts_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "r.json"
     assert main(["sparsify", MODEL, "-o", str(output), "--json"]) == 0
