@@ -49,6 +49,22 @@ def networks(model: Any, batch: Any, options: Mapping[str, Any] | None = None) -
     return found
 
 
+def outermost(model: Any, blocks: Sequence[str] | str) -> dict[str, torch.nn.Module]:
+    """The modules whose names match a pattern, without those inside of another of them.
+
+    Raises:
+        OptionsError: a pattern matches no module.
+        CalibrationError: the model is no module.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise CalibrationError(f"blocks are modules, and the model is a {type(model).__name__}.")
+    found: dict[str, torch.nn.Module] = {}
+    for name, module in named(model, blocks).items():  # an outer module stands before its parts
+        if not any(not other or name.startswith(f"{other}.") for other in found):
+            found[name] = module
+    return found
+
+
 def block_angles(
     model: torch.nn.Module, batches: Iterable[Any], blocks: Sequence[str] | str
 ) -> dict[str, float]:
@@ -59,15 +75,14 @@ def block_angles(
 
     Args:
         model: in eval mode; it runs eagerly and without gradients.
-        blocks: patterns of the blocks' names ("model.layers.*" matches "model.layers.0.mlp" too: give
-            "model.layers.?" and "model.layers.??").
+        blocks: patterns of the blocks' names ("model.layers.*"), as of :func:`outermost`.
     Returns:
         Name of the block -> its angle.
     Raises:
         OptionsError: a pattern matches no module.
         CalibrationError: there are no batches, or a block's output has another shape than its input.
     """
-    found = named(model, blocks)
+    found = outermost(model, blocks)
     sums = dict.fromkeys(found, 0.0)
     tokens = dict.fromkeys(found, 0)
 

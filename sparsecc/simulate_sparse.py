@@ -14,7 +14,7 @@ from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.sparse_ffn import Spec, selected
 from sparsecc.watch import At, FFNAt, LinkFacts, watched
 
-LAWS = ("activation", "hidden", "top", "input")
+LAWS = ("activation", "hidden", "top", "prune", "input")
 
 
 class SparseSimulation:
@@ -53,8 +53,13 @@ class SparseSimulation:
             return h.masked_fill(a.abs() <= limit, 0.0)
         if law == "hidden" and limit is not None:
             return h.masked_fill(h.abs() <= limit, 0.0)
+        if not law or self.recipe is None:
+            return None
+        if law == "prune":
+            gone = torch.ones(h.shape[-1], dtype=torch.bool, device=h.device)
+            gone[self.recipe.neurons[at.site].to(h.device)] = False
+            return h.masked_fill(gone, 0.0)
         if law == "top":
-            assert self.recipe is not None
             k = self.recipe.sparsity[at.site]["k"]
             return h.masked_fill(selected(Spec("p0", "a", select=f"top {k}"), a) == 0, 0.0)
         return None

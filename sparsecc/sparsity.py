@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from sparsecc.calibration import Judge, split
 from sparsecc.errors import CalibrationError, unknown
 from sparsecc.methods import SPARSITY, make
 from sparsecc.metrics import METRICS
+from sparsecc.networks import block_angles, networks
 from sparsecc.observe import observe
 from sparsecc.observe_ffn import observe_ffn, unraised
 from sparsecc.recipe import Recipe
 from sparsecc.simulate_sparse import simulated_sparse
 
-_STRENGTH = {"cats": "sparsity", "top": "sparsity", "teal": "sparsity", "cett": "cett"}
+_STRENGTH = {
+    "cats": "sparsity",
+    "top": "sparsity",
+    "teal": "sparsity",
+    "cfsp": "sparsity",
+    "cett": "cett",
+}
 _STEPS = 10  # of the search: the strength is right to 2⁻¹⁰
 
 
@@ -40,14 +48,15 @@ def sparsify(
     Args:
         model: a module in eval mode, or a function that returns logits.
         batches: tensors, tuples of arguments or dicts of keyword arguments.
-        method: "cats", "cett", "top", "gaussian", "coreinfer" or "teal" (:mod:`sparsecc.methods`).
+        method: "cats", "cett", "top", "gaussian", "coreinfer", "teal" or "cfsp" (:mod:`sparsecc.methods`).
         budget: the largest value of the metric, 0 being the model as it is; None takes the strength as given.
         metric: "perplexity" (relative increase), "kl", "rmse" or "agreement", as of ``calibrate``.
         held_back: the share of the batches that measures, with a budget; the last ones.
         skip: patterns of sites to leave alone.
         options: of the backend: passes left out there must be left out here.
         progress: bars on stderr; None where that is a terminal.
-        **given: options of the method.
+        **given: options of the method; of "cfsp" also ``blocks``, patterns of the names of blocks, by whose
+            angles it allots neurons.
     Raises:
         CalibrationError: the model or the data cannot be calibrated on, an argument is wrong, or the method has
             no strength to search.
@@ -56,7 +65,7 @@ def sparsify(
         raise CalibrationError(unknown("method", method, SPARSITY))
     given = {**given, "skip": list(skip)}
     if budget is None:
-        return make(method, _observe(model, batches, method, options, progress), **given)
+        return _looked(model, batches, method, given, options, progress)()
     if method not in _STRENGTH:
         raise CalibrationError(
             f"method {method!r} has no strength to search; a budget is for {', '.join(_STRENGTH)}."
@@ -71,15 +80,15 @@ def sparsify(
     if not 0 < held_back < 1:
         raise CalibrationError(f"held_back is a share between 0 and 1, not {held_back}.")
     first, held = split(list(batches), held_back)
-    seen = _observe(model, first, method, options, progress)
+    recipe_of = _looked(model, first, method, given, options, progress)
     tried: list[dict[str, Any]] = []
-    best, measured = make(method, seen, **given, **{strength: 0.0}), 0.0
+    best, measured = recipe_of(**{strength: 0.0}), 0.0
     with simulated_sparse(model, options) as simulation:
         judge = Judge(simulation, METRICS[metric], held, progress)
         low, high = 0.0, 1.0
         for _ in range(_STEPS):
             middle = (low + high) / 2
-            recipe = make(method, seen, **given, **{strength: middle})
+            recipe = recipe_of(**{strength: middle})
             value = judge(recipe)
             holds = value <= budget  # a NaN does not
             tried.append(
@@ -107,18 +116,64 @@ def sparsify(
 
 
 def density(recipe: Recipe) -> float:
-    """The mean share of neurons or features that count, over the sites of a recipe."""
-    shares = [float(each["density"]) for each in recipe.sparsity.values()]
+    """The mean share of neurons or features that count, over the layers that the method looked at."""
+    shares = [kept_share(entry) for entry in recipe.sparsity.values()]
+    shares += [1.0] * len(recipe.about.get("whole", ()))
     return sum(shares) / max(1, len(shares))
 
 
-def _observe(
+def kept_share(entry: Mapping[str, Any]) -> float:
+    """Of one layer, by its entry in a recipe; of law "prune" the share of neurons."""
+    return float(entry["keep"] if entry["law"] == "prune" else entry["density"])
+
+
+def _looked(
     model: Any,
     batches: Iterable[Any],
     method: str,
+    given: Mapping[str, Any],
     options: Mapping[str, Any] | None,
     progress: bool | None,
-) -> Any:
-    if SPARSITY[method] == "ffn":
-        return observe_ffn(model, batches, options, progress=progress)
-    return observe(model, batches, unraised(options), progress=progress)
+) -> Callable[..., Recipe]:
+    """The model is looked at once; the result makes recipes of what was seen, by the method's strength."""
+    kind = SPARSITY[method]
+    if kind == "ffn":
+        seen = observe_ffn(model, batches, options, progress=progress)
+        return functools.partial(make, method, seen, **given)
+    if kind == "input":
+        of = observe(model, batches, unraised(options), progress=progress)
+        return functools.partial(make, method, of, **given)
+    return _of_networks(model, list(batches), method, given, options, progress)
+
+
+def _of_networks(
+    model: Any,
+    batches: list[Any],
+    method: str,
+    given: Mapping[str, Any],
+    options: Mapping[str, Any] | None,
+    progress: bool | None,
+) -> Callable[..., Recipe]:
+    """As :func:`_looked`, with the model's networks and the angles of its blocks."""
+    for name in ("networks", "importance"):
+        if name in given:
+            raise CalibrationError(f"sparsify finds {name} itself; call sparsecc.methods.{method}.")
+    given = dict(given)
+    blocks = given.pop("blocks", None)
+    if blocks is not None:
+        given["importance"] = block_angles(model, batches, blocks)
+    seen = observe(model, batches, options, progress=progress)
+    # A weight that many layers share has no statistics of its own, and none of its networks is pruned.
+    whole = {
+        down: before
+        for down, before in networks(model, batches[0], options).items()
+        if all(site in seen.sites for site in (down, *before))
+    }
+
+    def recipe_of(**strength: float) -> Recipe:
+        recipe = make(method, seen, networks=whole, **{**given, **strength})
+        if blocks is not None:
+            recipe.options["blocks"] = [blocks] if isinstance(blocks, str) else list(blocks)
+        return recipe
+
+    return recipe_of

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import json as jsonlib
 import pathlib
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from sparsecc.cli import common
 from sparsecc.errors import CalibrationError
 
-if TYPE_CHECKING:
-    from sparsecc.recipe import Recipe
-
-Output = Annotated[
-    pathlib.Path,
-    typer.Option("--output", "-o", help="The recipe: a .json file; tensors go beside it."),
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        metavar="MODULE:FUNCTION",
-        help="A function that returns batches. Without it: the model's own inputs.",
-    ),
-]
 Methods = Annotated[
     str, typer.Option(metavar="A,B", help="Methods to try (see docs/calibration.md).")
 ]
@@ -36,11 +22,6 @@ MethodOptions = Annotated[
         help="An option of a method; the value is JSON or plain text. Repeatable.",
     ),
 ]
-Budget = Annotated[
-    float | None, typer.Option(help="The largest value of the metric; 0 is no loss.")
-]
-MetricName = Annotated[str, typer.Option(help="kl, rmse, agreement or perplexity.")]
-HeldBack = Annotated[float, typer.Option(help="Share of the batches that measures.")]
 Latency = Annotated[
     pathlib.Path | None,
     typer.Option(help="Save time instead of bytes: JSON, layer -> format -> seconds."),
@@ -48,10 +29,6 @@ Latency = Annotated[
 Rows = Annotated[
     int | None,
     typer.Option(help="Save time, measured here for layers that read so many rows, not bytes."),
-]
-Skip = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Layers to leave alone. Repeatable."),
 ]
 Require = Annotated[
     bool, typer.Option("--require", help="Fail where no layer can be quantized within the budget.")
@@ -63,16 +40,16 @@ Page = Annotated[
 
 def command(
     model: common.Model,
-    output: Output,
-    data: Data = None,
+    output: common.RecipeFile,
+    data: common.Data = None,
     methods: Methods = "int8",
     method_option: MethodOptions = None,
-    budget: Budget = None,
-    metric: MetricName = "kl",
-    held_back: HeldBack = 0.2,
+    budget: common.Budget = None,
+    metric: common.MetricName = "kl",
+    held_back: common.HeldBack = 0.2,
     latency: Latency = None,
     rows: Rows = None,
-    skip: Skip = None,
+    skip: common.Skip = None,
     require: Require = False,
     report: Page = None,
     passes: common.Passes = None,
@@ -83,24 +60,17 @@ def command(
     debug: common.Debug = False,
 ) -> None:
     """Observe a model over example data and write a recipe for quantizing its linear layers."""
-    if output.suffix != ".json":
-        raise CalibrationError(f"--output is a .json file, not {str(output)!r}.")
-    if not output.parent.is_dir():  # said before the work and not after it
-        raise CalibrationError(f"--output: there is no folder {str(output.parent)!r}.")
+    common.check_recipe_file(output)
     chosen = _methods(methods, method_option or [])
     table = None if latency is None else _table(latency)
     options = common.gather(passes, option)
     loaded, _ = common.prepare(model, options, seed)
     from sparsecc.calibration import calibrate
-    from sparsecc.cli.models import load_data
     from sparsecc.report.frontier import frontier, text
 
-    if data is None:
-        common.note("no --data: the model's example inputs are the only batch.")
-    batches = [loaded.kwargs or loaded.args] if data is None else load_data(data, seed)
     recipe = calibrate(
         loaded.model,
-        batches,
+        common.batches_of(loaded, data, seed),
         methods=chosen,
         budget=budget,
         metric=metric,
@@ -112,13 +82,11 @@ def command(
         require=require,
         options=options,
     )
-    recipe.about["model"] = model
-    recipe.save(output)
-    common.note(f"wrote {output}")
+    common.save_recipe(recipe, model, output)
     if report is not None:
         common.emit(frontier(recipe), report)
     if json:
-        common.emit(jsonlib.dumps(_facts(recipe), indent=2, ensure_ascii=False) + "\n")
+        common.emit_facts(recipe, "sites", "activations")
     else:
         common.show(text(recipe))
 
@@ -154,9 +122,3 @@ def _table(path: pathlib.Path) -> dict[str, dict[str, float]]:
             f"--latency {str(path)!r} is no table of layer -> format -> seconds."
         )
     return found
-
-
-def _facts(recipe: Recipe) -> dict[str, Any]:
-    """What can be said without tensors."""
-    names = ("method", "sites", "shapes", "activations", "options", "budget", "tried", "about")
-    return {name: getattr(recipe, name) for name in (*names, "versions")}

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sparsecc.errors import OptionsError
+from sparsecc.errors import CalibrationError, OptionsError
 
 if TYPE_CHECKING:
     from sparsecc.cli.models import LoadedModel
+    from sparsecc.recipe import Recipe
     from sparsecc.report.model import Report
 
 
@@ -66,6 +67,27 @@ ReportFile = Annotated[
     pathlib.Path | None,
     typer.Option("--output", "-o", help="Write to this file: .html, .json or text."),
 ]
+# Of the commands that write a recipe.
+RecipeFile = Annotated[
+    pathlib.Path,
+    typer.Option("--output", "-o", help="The recipe: a .json file; tensors go beside it."),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FUNCTION",
+        help="A function that returns batches. Without it: the model's own inputs.",
+    ),
+]
+Budget = Annotated[
+    float | None, typer.Option(help="The largest value of the metric; 0 is no loss.")
+]
+MetricName = Annotated[str, typer.Option(help="kl, rmse, agreement or perplexity.")]
+HeldBack = Annotated[float, typer.Option(help="Share of the batches that measures.")]
+Skip = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Layers to leave alone. Repeatable."),
+]
 
 
 def gather(passes: str | None, pairs: Sequence[str] | None) -> dict[str, Any]:
@@ -93,6 +115,42 @@ def value_of(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+
+
+def check_recipe_file(output: pathlib.Path) -> None:
+    """Said before the work and not after it.
+
+    Raises:
+        CalibrationError: a recipe cannot be written there.
+    """
+    if output.suffix != ".json":
+        raise CalibrationError(f"--output is a .json file, not {str(output)!r}.")
+    if not output.parent.is_dir():
+        raise CalibrationError(f"--output: there is no folder {str(output.parent)!r}.")
+
+
+def batches_of(loaded: LoadedModel, data: str | None, seed: int) -> Any:
+    """The batches of ``--data``; without it the model's inputs as the only one, which is said."""
+    from sparsecc.cli.models import load_data
+
+    if data is not None:
+        return load_data(data, seed)
+    note("no --data: the model's example inputs are the only batch.")
+    return [loaded.kwargs or loaded.args]
+
+
+def save_recipe(recipe: Recipe, model: str, output: pathlib.Path) -> None:
+    """Write a recipe that names the model which it is for."""
+    recipe.about["model"] = model
+    recipe.save(output)
+    note(f"wrote {output}")
+
+
+def emit_facts(recipe: Recipe, *names: str) -> None:
+    """JSON: what can be said without tensors, of every recipe and in the fields ``names``."""
+    shared = ("shapes", "options", "budget", "tried", "about", "versions")
+    facts = {name: getattr(recipe, name) for name in ("method", *names, *shared)}
+    emit(json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
 def prepare(spec: str, options: dict[str, Any], seed: int) -> tuple[LoadedModel, dict[str, Any]]:

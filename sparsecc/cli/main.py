@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from sparsecc.cli import calibrate, doctor, dump, explain, passes, verify
+from sparsecc.cli import calibrate, doctor, dump, explain, passes, sparsify, verify
 from sparsecc.errors import SparseccError
 
 _LONGEST = 30  # lines of a message
@@ -27,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (explain, verify, dump, calibrate, passes, doctor):
+for command in (explain, verify, dump, calibrate, sparsify, passes, doctor):
     app.command()(command.command)
 
 

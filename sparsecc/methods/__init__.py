@@ -29,8 +29,9 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lorc": ("lorc", {}),
 }
 
-# Those that say which neurons or features count -> what they look at: "ffn" (``observe_ffn``) or "input"
-# (``observe``). Each is the function in the module of its name.
+# Those that say which neurons or features count -> what they look at: "ffn" (``observe_ffn``), "input"
+# (``observe``), or "networks" (``observe``, and which layers are one network). Each is the function in the
+# module of its name.
 SPARSITY: dict[str, str] = {
     "cats": "ffn",
     "cett": "ffn",
@@ -38,6 +39,7 @@ SPARSITY: dict[str, str] = {
     "gaussian": "ffn",
     "coreinfer": "ffn",
     "teal": "input",
+    "cfsp": "networks",
 }
 
 

@@ -18,6 +18,7 @@ import torch
 
 from sparsecc.errors import CalibrationError, unknown
 from sparsecc.methods.common import not_skipped, start
+from sparsecc.methods.neurons import share
 from sparsecc.observations import Observations
 from sparsecc.recipe import Recipe
 
@@ -25,7 +26,7 @@ from sparsecc.recipe import Recipe
 def cfsp(
     observations: Observations,
     networks: Mapping[str, Sequence[str]],
-    prune: float = 0.2,
+    sparsity: float = 0.2,
     importance: Mapping[str, float] | None = None,
     amplification: float = 25.0,
     multiple: int = 128,
@@ -37,7 +38,7 @@ def cfsp(
 
     Args:
         networks: down projection -> the layers before it (:func:`sparsecc.networks.networks`).
-        prune: p, the share of all neurons to prune.
+        sparsity: p, the share of all neurons to prune.
         importance: name of a block -> I_l (:func:`sparsecc.networks.block_angles`); a network belongs to the
             block in whose name its own begins. None: all networks keep the same share.
         amplification: a, for mean angles; the paper's sum over n tokens, divided by 10⁴, is a = n / 10⁴.
@@ -47,23 +48,25 @@ def cfsp(
         skip: patterns of sites; networks whose down projection is among them are left alone.
     Returns:
         A recipe with ``sparsity`` (law "prune") and ``neurons`` (int64 ascending) of every down projection
-        that loses neurons.
+        that loses neurons; ``about["whole"]`` names the others.
     Raises:
         CalibrationError: an argument is out of its range, a network or block is not of these observations, or
             a pattern matches nothing.
     """
-    _check(observations, networks, prune, multiple)
-    given = {"prune": prune, "amplification": amplification, "multiple": multiple}
+    _check(observations, networks, sparsity, multiple)
+    given = {"sparsity": sparsity, "amplification": amplification, "multiple": multiple}
     powers = {"norm_power": norm_power, "down_power": down_power}
     recipe = start("cfsp", observations, (), skip, **given, **powers)
     chosen = not_skipped(networks, skip)
+    recipe.about["whole"] = []
     angles = None if importance is None else [_of_block(name, importance) for name in chosen]
-    shares = allocate(angles or [0.0] * len(chosen), prune, amplification)
-    for name, share in zip(chosen, shares, strict=True):
+    shares = allocate(angles or [0.0] * len(chosen), sparsity, amplification)
+    for name, part in zip(chosen, shares, strict=True):
         scores = neuron_scores(observations, name, networks[name], norm_power, down_power)
         size = len(scores)
-        count = _width(share * size, size, multiple)
+        count = _width(part * size, size, multiple)
         if count == size:
+            recipe.about["whole"].append(name)
             continue
         # Of equal scores the first stay.
         best = scores.argsort(stable=True, descending=True)[:count]
@@ -130,11 +133,14 @@ def _of_block(name: str, importance: Mapping[str, float]) -> float:
 
 
 def _check(
-    observations: Observations, networks: Mapping[str, Sequence[str]], prune: float, multiple: int
+    observations: Observations,
+    networks: Mapping[str, Sequence[str]],
+    sparsity: float,
+    multiple: int,
 ) -> None:
-    if not 0 <= prune < 1:
-        raise CalibrationError(f"cfsp: prune is a share from 0 to below 1, not {prune}.")
-    if multiple < 1:
+    if share("sparsity", sparsity) == 1:
+        raise CalibrationError("cfsp: sparsity is a share from 0 to below 1, not 1.")
+    if multiple < 1 or multiple != int(multiple):
         raise CalibrationError(f"cfsp: multiple is a whole number above 0, not {multiple}.")
     if not networks:
         raise CalibrationError("cfsp: there are no networks to prune.")

@@ -13,12 +13,15 @@ from calibration.models import decoder, token_batches
 from support import error, run
 from torch import nn
 
+import sparsecc
 from sparsecc.errors import CalibrationError, OptionsError
 from sparsecc.methods.cfsp import allocate, cfsp, neuron_scores
-from sparsecc.networks import Networks, angles, block_angles, networks
+from sparsecc.networks import Networks, angles, block_angles, networks, outermost
 from sparsecc.observations import Observations
 from sparsecc.observe import observe
 from sparsecc.recipe import Recipe
+from sparsecc.simulate_sparse import simulated_sparse
+from sparsecc.sparsity import density
 
 DOWN = "blocks.0.down.weight"
 LAYERS = ("blocks.0.gate.weight", "blocks.0.up.weight")
@@ -169,7 +172,8 @@ def test_block_angles_take_hooks_away_and_say_what_is_wrong() -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"prune": 1.0}, "from 0 to below 1"),
+        ({"sparsity": 1.0}, "from 0 to below 1"),
+        ({"sparsity": -0.1}, "share of 0 to 1"),
         ({"multiple": 0}, "above 0"),
         ({"networks": {}}, "no networks"),
         ({"networks": {DOWN: ["blocks.0.gat.weight"]}}, "Did you mean 'blocks.0.gate.weight'"),
@@ -192,3 +196,74 @@ def test_the_recipe_survives_its_file_and_skips(tmp_path: Any) -> None:
     assert again.options == recipe.options
     for name, kept in recipe.neurons.items():
         assert torch.equal(again.neurons[name], kept)
+
+
+# ---- sparsify ----------------------------------------------------------------------------------------------
+
+
+def test_sparsify_finds_networks_and_angles() -> None:
+    model, batches = _model(), token_batches(2)
+    given = {"amplification": 2.0, "multiple": 8}
+    recipe = sparsecc.sparsify(model, batches, "cfsp", sparsity=0.25, blocks="blocks.*", **given)
+    by_hand = cfsp(
+        observe(model, batches),
+        _networks(),
+        0.25,
+        block_angles(model, batches, "blocks.?"),
+        **given,
+    )
+    assert recipe.sparsity == by_hand.sparsity
+    assert len({entry["keep"] for entry in recipe.sparsity.values()}) == 2
+    for name, kept in by_hand.neurons.items():
+        assert torch.equal(recipe.neurons[name], kept)
+    assert recipe.options == {**by_hand.options, "blocks": ["blocks.*"]}
+    alike = sparsecc.sparsify(model, batches, "cfsp", sparsity=0.25, multiple=8)
+    assert {entry["keep"] for entry in alike.sparsity.values()} == {0.75}
+
+
+def test_a_budget_is_measured_as_the_compiled_model_runs() -> None:
+    model, batches = _model(), token_batches(4)
+    recipe = sparsecc.sparsify(
+        model, batches, "cfsp", budget=0.02, metric="rmse", multiple=4, blocks="blocks.*"
+    )
+    assert recipe.budget["held"]
+    assert 0 < recipe.budget["measured"] <= 0.02
+    assert {entry["held"] for entry in recipe.tried} == {True, False}
+    assert 0 < density(recipe) < 1
+    with torch.no_grad():
+        exact, (got, report) = model(batches[-1]), run(model, batches[-1], recipe=recipe)
+    assert report["prune-neurons"].applied == len(recipe.neurons) > 0
+    rmse = float((got - exact).double().norm() / exact.double().norm())
+    assert rmse == pytest.approx(recipe.budget["measured"], rel=1e-3)
+    with simulated_sparse(model) as simulation:
+        simulation.use(recipe)
+        assert error(got, simulation(batches[-1])) < 1e-5
+
+
+def test_a_network_that_stays_whole_counts() -> None:
+    recipe = cfsp(_seen(), _networks(), 0.5, skip=[DOWN])
+    assert density(recipe) == 1  # of 128 neurons at least one group of 128 stays
+    assert density(cfsp(_seen(), _networks(), 0.0)) == 1
+    recipe = cfsp(_seen(), _networks(), 0.25, {"blocks.0": 9.0, "blocks.1": 0.0}, multiple=64)
+    assert len(recipe.sparsity) == 1
+    assert density(recipe) == 0.75
+
+
+def test_outer_modules_stand_for_their_parts() -> None:
+    assert list(outermost(_model(), "blocks.*")) == ["blocks.0", "blocks.1"]
+    assert list(outermost(_model(), ["blocks.1.up", "blocks.?"])) == ["blocks.0", "blocks.1"]
+    assert list(outermost(_model(), ["*", "blocks.0"])) == [""]
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "words"),
+    [
+        (_model, {"networks": {}}, "finds networks itself"),
+        (_model, {"sparsity": 0.5, "budget": 0.1}, "not both"),
+        (_model, {"multiple": 0.5}, "whole number"),
+        (lambda: _model().forward, {"blocks": "blocks.?"}, "the model is a method"),
+    ],
+)
+def test_wrong_use_of_sparsify(model: Any, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(CalibrationError, match=words):
+        sparsecc.sparsify(model(), token_batches(2), "cfsp", **given)

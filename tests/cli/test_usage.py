@@ -55,7 +55,7 @@ def test_wrong_usage_exits_with_2(
 def test_help_and_version_exit_with_0(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("sparsecc ")
-    for command in ("", "explain", "verify", "dump", "calibrate", "passes", "doctor"):
+    for command in ("", "explain", "verify", "dump", "calibrate", "sparsify", "passes", "doctor"):
         assert main([*filter(None, [command]), "-h"]) == 0
         assert "Usage" in capsys.readouterr().out
 
