@@ -162,3 +162,18 @@ def test_branches_of_two_inputs_are_no_ffn(run_pass):
     result = run_pass(PASSES, model, x)
     assert find_ffns(result.program, Analyses(result.program)) == []
     assert not result.applied["raise-gated-ffn"]
+
+
+def test_of_convolutions(run_pass, randomise):
+    class Pixels(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = (nn.Conv2d(D, 12, 1) for _ in range(2))
+
+        def forward(self, x):
+            return self.up(x) * F.silu(self.gate(x))
+
+    model, x = randomise(Pixels().double()), torch.randn(2, D, 3, 4, dtype=torch.float64)
+    result = run_pass(PASSES, model, x)
+    assert result.applied["raise-gated-ffn"] == 1
+    torch.testing.assert_close(result.value, model(x), rtol=0, atol=0)
