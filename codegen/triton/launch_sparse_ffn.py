@@ -23,7 +23,7 @@ from sparsecc.codegen.triton.launch import on_device
 from sparsecc.codegen.triton.sparse_ffn import Config
 from sparsecc.runtime.ops import formats
 from sparsecc.runtime.ops.formats import Format
-from sparsecc.runtime.ops.sparse_ffn import Spec, meaning
+from sparsecc.runtime.ops.sparse_ffn import Spec, meaning, unlabelled
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,11 @@ class Problem:
         only: torch.Tensor | None,
         kernel: str,
     ) -> Problem:
-        features, width = _down(weights, Spec.of(kernel))
+        spec = Spec.of(kernel)
+        features, width = _down(weights, spec)
+        text = unlabelled(kernel) if spec.label else kernel  # measured without counting
         rows, size = math.prod(x.shape[:-1]), x.shape[-1]
-        return cls(kernel, rows, size, features, width, x.dtype, only is not None)
+        return cls(text, rows, size, features, width, x.dtype, only is not None)
 
     def module(self) -> ModuleType:
         """The generated source as a module; its file is to be read."""
@@ -106,7 +108,7 @@ def run(
         return meaning(x, weights, operands, only, kernel)
     problem = Problem.of(x, weights, only, kernel)
     with on_device(x):
-        _launch(problem, config or cuts.of(problem), x, weights, operands, only, out)
+        _launch(problem, spec, config or cuts.of(problem), x, weights, operands, only, out)
     return out
 
 
@@ -118,6 +120,7 @@ def _down(weights: Sequence[torch.Tensor], spec: Spec) -> tuple[int, int]:
 
 def _launch(
     problem: Problem,
+    spec: Spec,
     cut: Config,
     x: torch.Tensor,
     weights: Sequence[torch.Tensor],
@@ -125,7 +128,7 @@ def _launch(
     only: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    spec, module, rows = Spec.of(problem.text), problem.module(), problem.rows
+    module, rows = problem.module(), problem.rows
     count = problem.features if only is None else only.numel()
     chunks = math.ceil(count / cut.chunk)
     parts, walk = sparse_ffn.parts(chunks, problem.width, cut)
