@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 from sparsecc.passes.analysis.sites import site_name
@@ -31,16 +32,27 @@ def live_neurons() -> dict[str, float]:
     """The share of neurons that were live for a row, by the name of the layer that reads them.
 
     Of all calls since the last :func:`reset_live_neurons` of models that were compiled with ``count=True``, by
-    kernels on CPU; graphs without a kernel are not counted.
+    kernels on CPU or GPUs, which are waited for; graphs without a kernel are not counted.
     """
     from sparsecc.codegen.cpp import sparse_ffn as kernels
+    from sparsecc.codegen.triton import live_counts
 
-    counts = kernels.counters()
-    return {name: c.live / (c.rows * c.neurons) for name, c in counts.items() if c.rows}
+    live: Counter[str] = Counter()
+    seen: Counter[str] = Counter()
+    for name, c in kernels.counters().items():
+        live[name] += c.live
+        seen[name] += c.rows * c.neurons
+    for name, devices in live_counts.counters().items():
+        for _, rows, count, _, neurons in devices:
+            live[name] += count
+            seen[name] += rows * neurons
+    return {name: live[name] / count for name, count in seen.items() if count}
 
 
 def reset_live_neurons() -> None:
     """Count from zero."""
     from sparsecc.codegen.cpp import sparse_ffn as kernels
+    from sparsecc.codegen.triton import live_counts
 
     kernels.reset_counters()
+    live_counts.reset_counters()

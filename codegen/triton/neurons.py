@@ -2,7 +2,8 @@
 
 Law: a product of x and those rows of a weight alone that belong to given neurons; out = sum over live neurons
 of h D[neuron], in parts whose order follows from sizes alone, and so do the bits.
-Legal: weights ``[F, K]`` and ``[F, N]``, contiguous; M rows of MP = 1, 2, 4 or 16, those behind M being zero.
+Legal: weights ``[F, K]`` and ``[F, N]``, contiguous, in any format (``weights.py``); M rows of MP = 1, 2, 4 or
+16, those behind M being zero.
 Exact: dead neurons, which are not read, would add zero.
 Source: three steps and gathered rows as in CATS (Lee et al. 2024, arXiv:2404.08763, alg. 1), for several rows
 the union of their live neurons; sums over parts of the neurons are ours, as CATS adds by atomics.
@@ -15,6 +16,8 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from sparsecc.codegen.triton.weights import decoded
 
 
 @triton.jit
@@ -34,6 +37,8 @@ def neurons_at(
 def product(
     x: tl.tensor,
     weight: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
     neuron: tl.tensor,
     inside: tl.tensor,
     M: tl.constexpr,
@@ -42,9 +47,10 @@ def product(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> tl.tensor:
     """x Wᵀ for ROWS neurons, [MP, ROWS] in fp32; rows of W that are not ``inside`` are not read."""
-    first = neuron.to(tl.int64)[:, None] * K
+    row_of = neuron.to(tl.int64)[:, None]
     m = tl.arange(0, MP).to(tl.int64)
     if MP == 1:
         sums = tl.zeros([ROWS, BLOCK_K], tl.float32)
@@ -55,7 +61,7 @@ def product(
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         k = start + tl.arange(0, BLOCK_K)
         there = (k < K)[None, :]
-        w = tl.load(weight + first + k[None, :], mask=inside[:, None] & there, other=0.0)
+        w = decoded(weight, scale, zero, row_of, k[None, :], inside[:, None], there, K, GROUP)
         if MP == 1:
             row = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
             sums += w.to(tl.float32) * row[None, :]
@@ -65,8 +71,11 @@ def product(
             )
             if MP <= 4:
                 sums += rows.to(tl.float32)[:, None, :] * w.to(tl.float32)[None, :, :]
-            else:
+            elif rows.dtype == w.dtype:
                 sums = tl.dot(rows, tl.trans(w), sums, input_precision="ieee")
+            else:  # in x's dtype, a weight would be rounded once more
+                wide = tl.trans(w.to(tl.float32))
+                sums = tl.dot(rows.to(tl.float32), wide, sums, input_precision="ieee")
     if MP == 1:
         result = tl.sum(sums, axis=1)[None, :]
     elif MP <= 4:
@@ -125,6 +134,8 @@ def down(
     counts: tl.tensor,
     h: tl.tensor,
     weight: tl.tensor,
+    scale: tl.tensor,
+    zero: tl.tensor,
     partial: tl.tensor,
     chunks: tl.tensor,
     walk: tl.tensor,
@@ -135,6 +146,7 @@ def down(
     LIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    GROUP: tl.constexpr,
 ) -> None:
     """partial[part] [M, N] = sum over the live neurons of ``walk`` chunks of h D[neuron], LIVE at a time."""
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -152,8 +164,10 @@ def down(
             j = start + tl.arange(0, LIVE)
             there = j < count
             neuron = tl.load(neurons + chunk * CHUNK + j, mask=there, other=0).to(tl.int64)
-            place = weight + neuron[:, None] * N + n[None, :]
-            w = tl.load(place, mask=there[:, None] & (n < N)[None, :], other=0.0).to(tl.float32)
+            row_of, column = neuron[:, None], n[None, :]
+            inside = there[:, None], column < N
+            w = decoded(weight, scale, zero, row_of, column, inside[0], inside[1], N, GROUP)
+            w = w.to(tl.float32)
             if MP == 1:
                 each = tl.load(h + chunk * CHUNK + j, mask=there, other=0.0)
                 sums += each[:, None] * w
@@ -185,3 +199,25 @@ def combine(
         total += tl.load(partial + at, mask=at < SIZE, other=0.0)
         partial += SIZE
     tl.store(out + at, total, mask=at < SIZE)
+
+
+@triton.jit
+def add_counts(
+    lives: tl.tensor,
+    counts: tl.tensor,
+    totals: tl.tensor,
+    chunks: tl.tensor,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """totals (int64) += 1 call, M rows, and the sums of ``lives`` and ``counts`` over all chunks."""
+    live = tl.zeros([BLOCK], tl.int64)
+    union = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, chunks, BLOCK):
+        c = start + tl.arange(0, BLOCK)
+        live += tl.load(lives + c, mask=c < chunks, other=0)
+        union += tl.load(counts + c, mask=c < chunks, other=0)
+    tl.store(totals, tl.load(totals) + 1)
+    tl.store(totals + 1, tl.load(totals + 1) + M)
+    tl.store(totals + 2, tl.load(totals + 2) + tl.sum(live, axis=0))
+    tl.store(totals + 3, tl.load(totals + 3) + tl.sum(union, axis=0))

@@ -2,9 +2,11 @@
 
 Law: y[m] = sum over i with a[m, i] != 0 of hidden(a, p1)[m, i] D[i]; see ``runtime.ops.sparse_ffn``.
 Source: CATS (Lee et al. 2024, arXiv:2404.08763, alg. 1): gate, then gathered rows of up, then of down.
-Legal: 1 to 16 rows; dense weights of x's dtype. Exact: skipping is, and sums are in fp32, rounded once.
+Legal: 1 to 16 rows; weights in every format but E2M1. Exact: skipping is, and sums are in fp32, rounded once
+(products with x in int8 in int32).
 Pays: where few neurons are live for any of the rows; at a half the gathered reads already cost what they save.
 
+Where a format multiplies with x in int8, ``round_activations`` makes that of x before all else.
 ``gate`` writes the activations [M, C] of the neurons that may be live; a selection over all neurons of a row
 takes its limits from them. ``live`` then takes one chunk of neurons for several programs: each finds by ranks
 which of them are live, in ascending order, and makes h for some. ``down`` shares the chunks among parts, and
@@ -16,6 +18,7 @@ fill a GPU, which one kernel, cut by chunks of neurons alone, has not. ``run`` i
 from __future__ import annotations
 
 import hashlib
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,10 +27,13 @@ import torch
 from sparsecc.codegen.triton.few_rows import DTYPES, MOST_APART, MOST_ROWS
 from sparsecc.errors import BuildError
 from sparsecc.runtime.ops import expressions
+from sparsecc.runtime.ops.formats import Format
 from sparsecc.runtime.ops.sparse_ffn import Spec
 
 STATISTICS_BLOCK = 1024  # neurons of a step of ``gaussian_limits``
 COMBINE_BLOCK = 256
+_COUNTS_BLOCK = 256  # chunks of a step of ``add_counts``
+_ROUND_BLOCK = 1024  # features of a step of ``round_activations``
 _PROGRAMS = 512  # some for each multiprocessor of a large GPU
 
 
@@ -94,15 +100,25 @@ def check_formats(spec: Spec) -> None:
     """Whether kernels read the weights of ``spec``.
 
     Raises:
-        BuildError: one is not dense, or neurons are live by the blocks of a router.
+        BuildError: one is E2M1, which no kernel reads, or neurons are live by the blocks of a router.
     """
     if spec.block:
         raise BuildError(
             f"sparse_ffn in Triton: no kernel reads a router's blocks of {spec.block} neurons"
         )
-    if not spec.plain:
+    if any(form.kind == "fp4" for form in spec.kept):
         kept = ", ".join(form.name for form in spec.kept)
-        raise BuildError(f"sparse_ffn in Triton: weights are {kept}; kernels read dense ones")
+        raise BuildError(f"sparse_ffn in Triton: weights are {kept}; no kernel reads E2M1")
+
+
+def roundings(spec: Spec) -> dict[str, Format]:
+    """How gate and up have x rounded to int8: a format of each way, by the name of what it makes."""
+    rounding = [form for form in spec.kept[:-1] if form.rounds_activations]
+    return {_rounding(form): form for form in rounding}
+
+
+def _rounding(form: Format) -> str:
+    return "_static" if form.static else f"_by{form.together}" if form.together else "_row"
 
 
 def has_gate(spec: Spec) -> bool:
@@ -124,12 +140,16 @@ def source(spec: Spec) -> str:
     functions.update(*(expressions.functions(tree) for tree in trees.values()))
     if spec.gaussian is not None:
         functions.add("relu")
-    shared = {"combine", "down", "live_at", "neurons_at"}
-    shared |= {"product"} if spec.gate or spec.up else set()
+    shared = {"add_counts", "combine", "down", "live_at", "neurons_at"}
+    rounds = {form.rounds_activations for form in spec.kept[:-1]}
+    shared |= {"product"} if False in rounds else set()
     shared |= {"gaussian_limits"} if spec.gaussian is not None else set()
     shared |= {"is_top"} if spec.top is not None else set()
+    integers = {"product_int8", "round_activations"} if True in rounds else set()
     imports = _imports("functions", functions) + _imports("neurons", shared)
-    kernels = ["combine", "down", "live"]
+    imports += _imports("weights", integers)
+    kernels = ["add_counts", "combine", "down", "live"]
+    kernels += ["round_activations"] if integers else []
     kernels += ["gate"] if has_gate(spec) else []
     kernels += ["gaussian_limits"] if spec.gaussian is not None else []
     words = ", ".join(f'"{kernel}"' for kernel in sorted(kernels))
@@ -142,6 +162,7 @@ def source(spec: Spec) -> str:
 # where {_products(spec)}, v<j>[i] are operands; x is [M, K], D [F, N].
 # C neurons may be live: all F, or those that <only> names. Of a chunk, counts says how many are,
 # neurons which, and h [chunk, M, CHUNK] what the down projection reads.
+# Weights are {", ".join(form.name for form in spec.kept)}.
 
 import triton
 import triton.language as tl
@@ -161,29 +182,57 @@ def arguments(spec: Spec, kernel: str) -> list[str]:
     """The arguments of a kernel but its constants, in its order.
 
     Args:
-        kernel: "gate", "gaussian_limits", "live", "down" or "combine".
+        kernel: "round_activations", "gate", "gaussian_limits", "live", "down", "combine" or "add_counts".
     """
     operands = [f"o{name[1:]}" for name in spec.vectors]
+    if kernel == "round_activations":
+        return ["x", "q", "steps"]
     if kernel == "gate":
-        return ["x", *(["w0"] if spec.gate else []), *operands, "only", "kept", "C"]
+        read = _read(spec, 0) if spec.gate else ["x"]
+        return [*read, *operands, "only", "kept", "C"]
     if kernel == "gaussian_limits":
         return ["kept", "limits"]
     if kernel == "live":
-        up = [f"w{int(spec.gate)}"] if spec.up else []
+        up = _read(spec, int(spec.gate)) if spec.up else []
         limits = ["limits"] if spec.select else []
         lasts = ["lasts"] if spec.top is not None else []
-        kept = [_kept(spec), *(["x"] if spec.up and has_gate(spec) else []), *up]
-        return [*kept, *operands, "only", *limits, *lasts, "neurons", "counts", "h", "C"]
+        kept = [_kept(spec), *(name for name in up if name != _kept(spec))]
+        return [*kept, *operands, "only", *limits, *lasts, "neurons", "counts", "lives", "h", "C"]
     if kernel == "down":
-        return ["neurons", "counts", "h", "weight", "partial", "chunks", "walk"]
+        parts = ["weight", "scale", "zero"]
+        return ["neurons", "counts", "h", *parts, "partial", "chunks", "walk"]
+    if kernel == "add_counts":
+        return ["lives", "counts", "totals", "chunks"]
     return ["partial", "out", "parts"]
 
 
+def _read(spec: Spec, i: int) -> list[str]:
+    """What a product with the ``i``-th weight reads."""
+    form, slot = spec.kept[i], spec.slots[i]
+    name = _rounding(form) if form.rounds_activations else ""
+    return [*([f"q{name}", f"steps{name}"] if name else ["x"]), *_tensors(slot)]
+
+
+def _tensors(slot: slice) -> list[str]:
+    return [f"w{i}" for i in range(slot.start, slot.stop)]
+
+
 def constants(
-    spec: Spec, kernel: str, rows: int, sizes: tuple[int, int, int], config: Config
+    spec: Spec,
+    kernel: str,
+    rows: int,
+    sizes: tuple[int, int, int],
+    config: Config,
+    rounding: Format | None = None,
 ) -> dict[str, Any]:
-    """The constants of a kernel; ``sizes`` are K, F and N."""
+    """The constants of a kernel; ``sizes`` are K, F and N; ``rounding``: whose activations are rounded."""
     size, features, width = sizes
+    if kernel == "round_activations":
+        form = rounding or next(iter(roundings(spec).values()))
+        block = form.together or _ROUND_BLOCK
+        return {"K": size, "TOGETHER": form.together, "STATIC": form.static, "BLOCK": block}
+    if kernel == "add_counts":
+        return {"M": rows, "BLOCK": _COUNTS_BLOCK}
     if kernel == "gaussian_limits":
         return {"F": features, "FACTOR": spec.gaussian, "BLOCK": STATISTICS_BLOCK}
     if kernel == "combine":
@@ -191,7 +240,13 @@ def constants(
     common = {"M": rows, "MP": padded(rows)}
     if kernel == "down":
         cut = {"CHUNK": config.chunk, "LIVE": config.live, "BLOCK_N": config.block_n}
-        return {**common, "N": width, **cut, "STAGES": config.stages}
+        return {
+            **common,
+            "N": width,
+            **cut,
+            "STAGES": config.stages,
+            "GROUP": _group(spec.kept[-1]),
+        }
     cut = {"ROWS": config.rows, "BLOCK_K": config.block_k, "STAGES": config.stages}
     chunk = {"CHUNK": config.chunk} if kernel == "live" else {}
     return {**common, "K": size, "F": features, **chunk, **cut}
@@ -200,11 +255,26 @@ def constants(
 def signature(spec: Spec, kernel: str, dtype: torch.dtype, core: bool) -> dict[str, str]:
     """The types of all arguments of a kernel, for ``build``; ``core``: whether ``only`` is given."""
     own = {"only": "*i64" if core else "constexpr", "neurons": "*i32", "counts": "*i32"}
-    own |= dict.fromkeys(("kept", "h", "limits", "partial"), "*fp32") | {"lasts": "*i64"}
-    own |= dict.fromkeys(("C", "chunks", "walk", "parts"), "i32")
+    own |= dict.fromkeys(("kept", "h", "limits", "partial", "steps"), "*fp32") | {"q": "*i8"}
+    own |= dict.fromkeys(("C", "chunks", "walk", "parts"), "i32") | {"lasts": "*i64"}
+    own |= {"lives": "*i32" if spec.label else "constexpr", "totals": "*i64"}
+    for name in roundings(spec):
+        own |= {f"q{name}": "*i8", f"steps{name}": "*fp32"}
+    for form, slot in zip(spec.kept, spec.slots, strict=True):
+        kinds = [f"*{_POINTED[part.dtype or dtype]}" for part in form.parts]
+        own |= zip(_tensors(slot), kinds, strict=True)
+    own |= itertools.zip_longest(("weight", "scale", "zero"), kinds, fillvalue="constexpr")
     types = {name: own.get(name, f"*{DTYPES[dtype]}") for name in arguments(spec, kernel)}
     names = constants(spec, kernel, 1, (1, 1, 1), Config(1, 1, 1, 1, 1))
     return {**types, **dict.fromkeys(names, "constexpr")}
+
+
+_POINTED = {**DTYPES, torch.int8: "i8", torch.uint8: "u8"}
+
+
+def _group(form: Format) -> int:
+    """Of nibbles, the weights of a group; 0 for others."""
+    return form.group if form.kind == "int4" else 0
 
 
 def _kept(spec: Spec) -> str:
@@ -265,10 +335,19 @@ _TILE = [
 _OF_X = "tl.load(x + m * K + neuron[None, :], mask=tile, other=0.0).to(tl.float32)"
 
 
+def _product(spec: Spec, i: int) -> str:
+    """The call that multiplies x with the ``i``-th weight."""
+    form = spec.kept[i]
+    read = _read(spec, i) + ["None"] * (3 - len(form.parts))
+    cut = f"neuron, inside, M, K, MP, ROWS, BLOCK_K, STAGES, {_group(form)}"
+    if form.rounds_activations:
+        return f"product_int8({', '.join(read)}, {cut}, {form.together})"
+    return f"product({', '.join(read)}, {cut})"
+
+
 def _gate(spec: Spec) -> str:
     tree = spec.trees[0]
-    cut = "M, K, MP, ROWS, BLOCK_K, STAGES"
-    first = f"product(x, w0, neuron, inside, {cut})" if spec.gate else _OF_X
+    first = _product(spec, 0) if spec.gate else _OF_X
     body = [
         "place = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)",
         "neuron, inside = neurons_at(only, place, C, F)",
@@ -333,6 +412,9 @@ def _live(spec: Spec) -> str:
         "begin = tl.program_id(1) * ROWS",
         "if begin == 0:",
         "    tl.store(counts + chunk, count)",
+        "    if lives is not None:",
+        "        each = tl.sum((every != 0).to(tl.int32), axis=0)",
+        "        tl.store(lives + chunk, tl.sum(each, axis=0))",
         "if begin < count:",
     ]
     inner = [
@@ -343,10 +425,7 @@ def _live(spec: Spec) -> str:
         f"a = {activations('place', 'neuron', 'inside')}",
     ]
     if spec.up:
-        weight = f"w{int(spec.gate)}"
-        inner += [
-            f"p1 = product(x, {weight}, neuron, inside, M, K, MP, ROWS, BLOCK_K, STAGES)",
-        ]
+        inner += [f"p1 = {_product(spec, int(spec.gate))}"]
     inner += [
         *_vectors(expressions.names(last)),
         "m = tl.arange(0, MP).to(tl.int64)[:, None]",

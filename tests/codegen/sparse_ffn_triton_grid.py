@@ -5,6 +5,7 @@ Not collected by itself: ``test_sparse_ffn_triton.py`` runs it in a process of i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,12 @@ from kernel_cases import poisoned
 from precision import assert_as_near, same_special_values, squares, wide
 from triton_interpreter import DEVICE, INTERPRETED, as_on_a_gpu  # noqa: F401
 
+import sparsecc
 from sparsecc.codegen.triton import launch_sparse_ffn as launch
+from sparsecc.codegen.triton import live_counts
 from sparsecc.codegen.triton import sparse_ffn as generator
 from sparsecc.codegen.triton.few_rows import DTYPES
+from sparsecc.runtime.ops import formats
 from sparsecc.runtime.ops.sparse_ffn import Spec, hidden, meaning, sparse_ffn_native
 
 CUT = generator.Config(32, 16, 64, 16, 64)  # few programs: the interpreter is slow
@@ -262,3 +266,116 @@ def test_a_core_beside_a_selection_is_refused() -> None:
     x, weights, operands, _, text = inputs("top", (2,))
     with pytest.raises(ValueError, match="a core beside a selection"):
         run(x, weights, operands, torch.arange(5, device=DEVICE), text)
+
+
+ROUNDED = {  # how gate, up and down are kept, and rows; F is 70, as above
+    "int8 int8 int8": 1,
+    "int8s int8s int4g32": 3,
+    "int8x32 int8x64 int8": 16,
+    "int8x32 int8x32 int4g64z": 3,
+    "int4g32z int4g32 int4g32": 16,
+    "int4g64 int4g32z dense": 1,
+    "int4g32a8 int4g64za8 int4g32z": 3,
+    "int4g32za8 int4g32a8 int8": 16,
+    "int4g64za8 int8 bf16": 1,
+    "dense dense int8": 3,
+    "dense int8 int4g32": 16,
+}
+
+
+def rounded(
+    kept: str, rows: int, dtype: torch.dtype = torch.float32, threshold: float = 0.3
+) -> Case:
+    """Weights of 128 inputs or, where no format has groups, of an odd number; every other neuron biased."""
+    names = tuple(kept.split())
+    size = 128 if any("x" in n or "4" in n for n in names[:2]) else 37
+    width = 192 if "int4" in names[2] else 41
+    shapes = [(FEATURES, size), (FEATURES, size), (FEATURES, width)]
+    weights: list[torch.Tensor] = []
+    for name, shape in zip(names, shapes, strict=True):
+        weight = torch.randn(shape) / shape[1] ** 0.5
+        parts = formats.quantize(weight, name)
+        weights += [p.to(DEVICE, dtype if name == "dense" else p.dtype) for p in parts]
+    x = torch.randn(rows, size) * (30 if "int8s" in names else 1)
+    spec = Spec(f"keep(silu(p0), {threshold})", "a * (p1 + v0)", formats=names)
+    return x.to(DEVICE, dtype), weights, [torch.rand(FEATURES).to(DEVICE, dtype)], None, spec.text()
+
+
+def exact_of_rounded(case: Case) -> torch.Tensor:
+    """In fp64, but for scales, which are what they are."""
+    x, weights, operands, only, text = case
+    kept = [w.double() if w.dtype is x.dtype and w.dim() == 2 else w for w in weights]
+    return meaning(x.double(), kept, wide(operands), only, text)
+
+
+def check_rounded(case: Case) -> None:
+    got, plain, truth = run(*case), meaning(*case), exact_of_rounded(case)
+    eps = torch.finfo(case[0].dtype).eps / 2
+    assert_as_near([squares([got], [truth])], [squares([plain], [truth])], eps)
+
+
+@pytest.mark.parametrize(("kept", "rows"), ROUNDED.items())
+def test_rounded_weights(kept: str, rows: int) -> None:
+    case = rounded(kept, rows)
+    assert (exact_of_rounded(case) != 0).any()
+    check_rounded(case)
+    first = run(*case)
+    with poisoned():
+        assert torch.equal(run(*case), first)
+
+
+@pytest.mark.parametrize(
+    ("kept", "rows", "dtype"),
+    [
+        ("int4g32 int4g32z int4g32z", 16, torch.bfloat16),
+        ("int8 int8x32 int8", 3, torch.float16),
+        ("bf16 bf16 bf16", 16, torch.float16),
+    ],
+)
+def test_rounded_weights_under_half_precision(kept: str, rows: int, dtype: torch.dtype) -> None:
+    check_rounded(rounded(kept, rows, dtype))
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_every_and_no_neuron_with_rounded_weights_is_live(rows: int) -> None:
+    kept = "int4g32za8 int8 int4g32z"
+    check_rounded(rounded(kept, rows, threshold=-1.0))
+    case = rounded(kept, rows, threshold=1e6)
+    assert not run(*case).any()
+
+
+@pytest.mark.parametrize("kept", ["int8 int8 int8", "int8s int8s int8", "int8x32 int4g32a8 int8"])
+def test_special_values_stay_in_their_row(kept: str) -> None:
+    case = rounded(kept, 3)
+    case[0][1, 5] = torch.nan
+    got = run(*case)
+    same_special_values([got], [exact_of_rounded(case)])
+    assert got[1].isnan().all()
+    assert got[[0, 2]].isfinite().all()
+
+
+def test_rounded_weights_that_do_not_fit_are_named() -> None:
+    x, weights, operands, _, text = rounded("int8 int8 int8", 2)
+    for i, wrong, words in (
+        (1, weights[1][1:], "gate: int8: scale is"),
+        (2, weights[2].float(), "up: int8: weight is torch.float32"),
+    ):
+        given = [*weights[:i], wrong, *weights[i + 1 :]]
+        with pytest.raises(RuntimeError, match=words):
+            run(x, given, operands, None, text)
+
+
+def test_live_neurons_are_counted_where_a_label_is() -> None:
+    sparsecc.reset_live_neurons()
+    x, weights, operands, _, text = rounded("int8 int8 int8", 3)
+    plain = run(x, weights, operands, None, text)
+    assert sparsecc.live_neurons() == {}
+    labelled = replace(Spec.of(text), label="a layer")
+    live = hidden(Spec.of(text), x, weights, operands) != 0
+    for _ in range(2):
+        assert torch.equal(run(x, weights, operands, None, labelled.text()), plain)
+    counts = live_counts.counters()["a layer"]
+    assert counts == [(2, 6, 2 * int(live.sum()), 2 * int(live.any(0).sum()), FEATURES)]
+    assert sparsecc.live_neurons() == {"a layer": float(live.sum()) / live.numel()}
+    sparsecc.reset_live_neurons()
+    assert sparsecc.live_neurons() == {}

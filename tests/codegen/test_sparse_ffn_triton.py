@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ SIZES = (4096, 14336, 4096)  # K, F and N of a decoder
 CATS = Spec("keep(silu(p0 + v0), v1)", "a * p1")
 GAUSSIAN = Spec("p0", "a * p1", select="gaussian 1.6", after="gelu_tanh(a)")
 TOP = Spec("relu(p0)", "a", select="top 200")
+INT8 = replace(CATS, formats=("int8", "int8x32", "int8"), label="a layer")
+INT4 = replace(CATS, formats=("int4g64za8", "int4g32z", "int4g128z"))
 INPUTS = Spec("keep(p0, v0)", "a", gate=False)
 
 
@@ -47,6 +50,10 @@ def test_on_a_gpu() -> None:
         (TOP, 2, torch.float16, "live", False),
         (INPUTS, 16, torch.float32, "down", False),
         (CATS, 16, torch.bfloat16, "live down", False),
+        (INT8, 1, torch.bfloat16, "round_activations gate live down add_counts", False),
+        (INT8, 16, torch.bfloat16, "gate", False),
+        (INT4, 3, torch.bfloat16, "gate live down", False),
+        (INT4, 16, torch.bfloat16, "gate live down", False),
     ],
 )
 def test_built_it_needs_no_more_than_a_gpu_has(
@@ -58,7 +65,8 @@ def test_built_it_needs_no_more_than_a_gpu_has(
     for kernel in kernels.split():
         types = sparse_ffn.signature(spec, kernel, dtype, core)
         constants = sparse_ffn.constants(spec, kernel, rows, SIZES, config)
-        constants |= {"only": None} if types.get("only") == "constexpr" else {}
+        none = [n for n, kind in types.items() if kind == "constexpr" and n not in constants]
+        constants |= dict.fromkeys(none)
         built = build.build(getattr(module, kernel), types, constants, config.warps)
         for target, each in built.items():
             assert each.spills == 0, (kernel, target)
@@ -93,12 +101,12 @@ def test_the_source_says_what_it_computes() -> None:
 
 
 def test_weights_in_other_formats_are_refused() -> None:
-    spec = Spec("relu(p0)", "a", formats=("int8s", "dense"))
-    weights = [*formats.quantize(torch.randn(5, 8), "int8s"), torch.randn(5, 3)]
+    spec = Spec("relu(p0)", "a", formats=("fp4", "dense"))
+    weights = [*formats.quantize(torch.randn(5, 8), "fp4"), torch.randn(5, 3)]
     case = torch.randn(2, 8), weights, [], None
     for refused in (
         lambda: sparse_ffn.source(spec),
         lambda: launch_sparse_ffn.run(*case, spec.text()),
     ):
-        with pytest.raises(BuildError, match="weights are int8s, dense; kernels read dense ones"):
+        with pytest.raises(BuildError, match="weights are fp4, dense; no kernel reads E2M1"):
             refused()
