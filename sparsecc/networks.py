@@ -88,7 +88,7 @@ def block_angles(
 
     def watch(name: str) -> Any:
         def hook(_: Any, args: Any, kwargs: Any, output: Any) -> None:
-            x, y = _first((*args, *kwargs.values())), _first((output,))
+            x, y = first_tensor((*args, *kwargs.values())), first_tensor((output,))
             if x is None or y is None or x.shape != y.shape:
                 shapes = [None if v is None else list(v.shape) for v in (x, y)]
                 raise CalibrationError(f"{name} is no block: it makes {shapes[1]} of {shapes[0]}.")
@@ -124,10 +124,11 @@ def angles(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _first(values: Any) -> torch.Tensor | None:
+def first_tensor(values: Any) -> torch.Tensor | None:
+    """The first tensor of floats among values, and in tuples and lists of them; None: there is none."""
     for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             return value
-        if isinstance(value, (tuple, list)) and (found := _first(value)) is not None:
+        if isinstance(value, (tuple, list)) and (found := first_tensor(value)) is not None:
             return found
     return None

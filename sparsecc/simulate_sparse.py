@@ -18,9 +18,14 @@ LAWS = ("activation", "hidden", "top", "prune", "input")
 
 
 class SparseSimulation:
-    """A model under one recipe after another; under none it is itself, and while ``paused`` too."""
+    """A model under one recipe after another; under none it is itself, and while ``paused`` too.
+
+    Attributes:
+        sites: of the graphs that have run.
+    """
 
     def __init__(self) -> None:
+        self.sites: set[str] = set()
         self.recipe: Recipe | None = None
         self.run: Any = None
         self.paused = False
@@ -35,7 +40,8 @@ class SparseSimulation:
         return self.run(*arguments(batch))
 
     def graph(self, found: Sequence[str], links: Mapping[str, LinkFacts]) -> None:
-        """Of a visitor: nothing to learn."""
+        """Of a visitor: which sites there are."""
+        self.sites.update(found)
 
     def site(self, at: At, x: torch.Tensor, weight: torch.Tensor, bias: Any) -> torch.Tensor | None:
         """Of a visitor: the product with what is left of its input."""

@@ -9,9 +9,12 @@ from typing import Any
 
 from sparsecc.calibration import Judge, split
 from sparsecc.errors import CalibrationError, unknown
+from sparsecc.greedy import Greedy
 from sparsecc.methods import SPARSITY, make
+from sparsecc.methods.neurons import share
 from sparsecc.metrics import METRICS
 from sparsecc.networks import block_angles, networks
+from sparsecc.observations import Observations
 from sparsecc.observe import observe
 from sparsecc.observe_ffn import observe_ffn, unraised
 from sparsecc.recipe import Recipe
@@ -56,7 +59,8 @@ def sparsify(
         options: of the backend: passes left out there must be left out here.
         progress: bars on stderr; None where that is a terminal.
         **given: options of the method; of "cfsp" also ``blocks``, patterns of the names of blocks, by whose
-            angles it allots neurons.
+            angles it allots neurons; of "teal" ``blocks`` (with ``step`` and ``rows``), in each of which the
+            layers whose sparsity costs least get more of it (:class:`sparsecc.greedy.Greedy`).
     Raises:
         CalibrationError: the model or the data cannot be calibrated on, an argument is wrong, or the method has
             no strength to search.
@@ -141,9 +145,38 @@ def _looked(
         seen = observe_ffn(model, batches, options, progress=progress)
         return functools.partial(make, method, seen, **given)
     if kind == "input":
+        batches = list(batches) if "blocks" in given else batches
         of = observe(model, batches, unraised(options), progress=progress)
+        if "blocks" in given:
+            return _greedy(model, batches, method, given, of, options)
         return functools.partial(make, method, of, **given)
     return _of_networks(model, list(batches), method, given, options, progress)
+
+
+def _greedy(
+    model: Any,
+    batches: Iterable[Any],
+    method: str,
+    given: Mapping[str, Any],
+    seen: Observations,
+    options: Mapping[str, Any] | None,
+) -> Callable[..., Recipe]:
+    """As :func:`_looked`, with a sparsity of its own for every layer in a block."""
+    own = {key: given[key] for key in ("blocks", "step", "rows") if key in given}
+    rest = {key: value for key, value in given.items() if key not in own}
+    share("sparsity", rest.get("sparsity", 0))  # said before the work
+    greedy = Greedy(model, batches, seen=seen, skip=given["skip"], options=options, **own)
+
+    def recipe_of(**strength: float) -> Recipe:
+        recipe = make(method, seen, allocate=greedy, **rest, **strength)
+        recipe.options |= {**own, "blocks": _listed(own["blocks"])}
+        return recipe
+
+    return recipe_of
+
+
+def _listed(patterns: Sequence[str] | str) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _of_networks(
@@ -173,7 +206,7 @@ def _of_networks(
     def recipe_of(**strength: float) -> Recipe:
         recipe = make(method, seen, networks=whole, **{**given, **strength})
         if blocks is not None:
-            recipe.options["blocks"] = [blocks] if isinstance(blocks, str) else list(blocks)
+            recipe.options["blocks"] = _listed(blocks)
         return recipe
 
     return recipe_of

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,20 @@ def test_whole_neurons(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "1 layer sparse, 75.0% kept" in shown
     (row,) = [line for line in shown.splitlines() if DOWN in line]
     assert row.split() == [DOWN, "prune", "96", "neurons", "75.0%"]
+
+
+def test_greedy_from_the_command_line(tmp_path: Path) -> None:
+    output, arguments = tmp_path / "r.json", ["--method", "teal", "--skip", "head.*"]
+    for pair in ("sparsity=0.3", 'blocks=["blocks.*"]', "step=0.3", "rows=64"):
+        arguments += ["--method-option", pair]
+    assert main(["sparsify", MODEL, "-o", str(output), *DATA, *arguments]) == 0
+    recipe = Recipe.load(output)
+    assert recipe.options["blocks"] == ["blocks.*"]
+    densities = {site: entry["density"] for site, entry in recipe.sparsity.items()}
+    assert len(set(densities.values())) > 1
+    sizes = {site: math.prod(recipe.shapes[site]) for site in densities}
+    gone = sum((1 - densities[site]) * size for site, size in sizes.items())
+    assert gone == pytest.approx(0.3 * sum(sizes.values()))
 
 
 def test_facts_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
