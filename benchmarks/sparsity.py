@@ -137,12 +137,14 @@ def _megabytes(model: nn.Module, recipe: Recipe) -> float:
 
 def _qualities(model: nn.Module, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
     """Perplexity under each recipe, and over that of the model as it is on the same tokens."""
-    whole, answered = _windows(model, recipes["dense"]), _answered(model, recipes["dense"])
+    cores = {n for n, r in recipes.items() if any(e["law"] == "core" for e in r.sparsity.values())}
+    whole = _windows(model, recipes["dense"])
+    answered = _answered(model, recipes["dense"]) if cores else whole
     found = {"dense": {"perplexity": whole, "increase": 0.0}}
     for name, recipe in recipes.items():
         if name == "dense":
             continue
-        core = any(entry["law"] == "core" for entry in recipe.sparsity.values())
+        core = name in cores
         value, base = (_answered if core else _windows)(model, recipe), answered if core else whole
         found[name] = {"perplexity": value, "increase": value / base - 1, "dense_on_these": base}
         print(name, found[name], flush=True)

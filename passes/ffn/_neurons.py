@@ -225,8 +225,8 @@ def place_sparse(
     args: tuple[Any, ...],
     origin: str,
     scale: fx.Node | None = None,
-) -> None:
-    """``sparse_ffn`` of ``args`` in place of ``node``, the layer of ``rows``.
+) -> fx.Node:
+    """``sparse_ffn`` of ``args`` in place of ``node``, the layer of ``rows``; returns what is there now.
 
     Args:
         scale: of the outputs, ``[N]``, as of :class:`Kept`. The layer's bias is added behind.
@@ -246,6 +246,7 @@ def place_sparse(
         program.bring_before(bias, node)
         result = program.call(aten.add.Tensor, (result, bias), **place)
     program.replace(node, result)
+    return result
 
 
 def vector(build: WeightBuilder, value: torch.Tensor, size: int, dtype: torch.dtype) -> fx.Node:

@@ -30,7 +30,6 @@ from torch import fx
 from sparsecc.errors import OptionsError
 from sparsecc.passes.analysis.alias import aliases
 from sparsecc.passes.analysis.blocks import find_blocks
-from sparsecc.passes.analysis.ffn import through_reshapes
 from sparsecc.passes.analysis.live import Live, find_live
 from sparsecc.passes.analysis.regions import modes
 from sparsecc.passes.analysis.sites import site_name
@@ -44,7 +43,7 @@ from sparsecc.passes.base import (
     RegionPass,
     Saving,
 )
-from sparsecc.passes.ffn._neurons import Rows, few, input_of, place_sparse
+from sparsecc.passes.ffn._neurons import Rows, few, place_sparse
 from sparsecc.program import Program
 from sparsecc.recipe import Recipe
 from sparsecc.runtime.ops.sparse_ffn import MOST_ROWS, Spec, meaning
@@ -100,8 +99,10 @@ class SkipZeros(RegionPass):
     def find(self, context: Context) -> list[Match]:
         blocks = {live.down.node: live for live in context.analyses.get(find_blocks)}
         others = {live.down.node: live for live in context.analyses.get(find_live)}
+        # What one network's result was -> what it is now, for those that read it.
+        results: dict[fx.Node, fx.Node] = {}
         return [
-            Match(node, {"live": live}, note=words(live))
+            Match(node, {"live": live, "results": results}, note=words(live))
             for node, live in sorted((others | blocks).items())
         ]
 
@@ -140,7 +141,9 @@ class SkipZeros(RegionPass):
         return bool(names & (self.recipe.sites.keys() | self.recipe.sparsity.keys()))
 
     def rewrite(self, match: Match, context: Context) -> None:
-        as_sparse_ffn(context.program, match.nodes["live"], self.name, density=self.density)
+        live, results = match.nodes["live"], match.nodes["results"]
+        x = results.get(live.x, live.x)
+        results[match.node] = as_sparse_ffn(context.program, live, x, self.name, self.density)
 
     def saving(self, match: Match, context: Context) -> Saving:
         return Saving(launches=len(match.nodes["live"].inside))
@@ -217,8 +220,14 @@ def weights_of(live: Live) -> list[fx.Node]:
     return [*(linear.weight for linear in live.maps), *biases, *live.operands]
 
 
-def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.0) -> None:
-    """Puts ``sparse_ffn`` in the place of a network."""
+def as_sparse_ffn(
+    program: Program, live: Live, x: fx.Node, origin: str, density: float = 1.0
+) -> fx.Node:
+    """Puts ``sparse_ffn`` in the place of a network; returns its result.
+
+    Args:
+        x: what ``live.x`` is now.
+    """
     node = live.down.node
     build = program.weight(origin, node)
     operands, weights = list(live.operands), []
@@ -238,11 +247,9 @@ def as_sparse_ffn(program: Program, live: Live, origin: str, density: float = 1.
     weights.append(down.weight(build))
     activation, hidden = texts
     gate = live.gate is not None
-    first = live.gate or live.up
-    x = input_of(node) if first is None else through_reshapes(input_of(first.linear.node))
     spec = Spec(
         activation, hidden, gate, live.select, live.after, density=density, block=live.block
     )
     if live.router is not None:
         operands.append(live.router)
-    place_sparse(program, node, down, (x, weights, operands, None, spec.text()), origin)
+    return place_sparse(program, node, down, (x, weights, operands, None, spec.text()), origin)

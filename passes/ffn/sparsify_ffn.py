@@ -111,6 +111,7 @@ class SparsifyFFN(Pass):
         "activation": "the law does not hold for this activation, or the operator has no such function",
         "read": "something else reads the activation or the hidden value",
         "shape": "the result is reshaped to sizes that are not known",
+        "follows": "its first layer is the last one of another network, which a core leaves no room for",
     }
 
     def find(self, context: Context) -> list[Match]:
@@ -127,6 +128,10 @@ class SparsifyFFN(Pass):
             self._check_numbers(site, given, ffn.neurons)
             roles = {"ffn": ffn, "rows": rows, "given": given, "site": site}
             found.append(Match(ffn.down.node, roles, note=f"{site}: {given['law']}"))
+        downs = {match.node for match in found}
+        for match in found:
+            first = {each.node for each in match.nodes["ffn"].layers[:-1]}
+            match.nodes["follows"] = bool(first & downs)
         return found
 
     def _check_numbers(self, site: str, given: Mapping[str, Any], neurons: int) -> None:
@@ -173,6 +178,8 @@ class SparsifyFFN(Pass):
         refusal = refuse_values(inside) or self._refuse_law(match)
         if refusal is not None:
             return refusal
+        if match.nodes["follows"] and match.nodes["given"]["law"] == "core":
+            return Refusal.at(node, "follows", self.refusals["follows"])
         moved = self.recipe.links_of(match.nodes["site"])
         if moved:
             return Refusal.at(node, "moved", f"{WORDS['moved']}: {', '.join(sorted(moved))}")
@@ -201,6 +208,10 @@ class SparsifyFFN(Pass):
     def _skips(self, match: Match) -> bool:
         """Whether the network becomes one operator that skips rows of weights."""
         ffn, given = match.nodes["ffn"], match.nodes["given"]
+        if match.nodes[
+            "follows"
+        ]:  # its first product is another network's, and without its neurons
+            return False
         if given["law"] == "core":
             return _one_token(ffn)
         rows, first = _sizes(ffn.up.x), match.nodes["rows"][0]

@@ -136,6 +136,28 @@ def test_a_hidden_value_that_others_read() -> None:
     assert report[NAME].applied == 1
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_networks_that_share_a_layer(written: bool) -> None:
+    """The last layer of one is the first one of the next."""
+
+    class Chain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(*s) for s in ((D, 30), (30, WIDE), (WIDE, D)))
+
+        def forward(self, x):
+            a, b, c = self.layers
+            h = a(x)
+            h = h.relu_() if written else F.relu(h)
+            return c(F.relu(b(h)))
+
+    model = randomise(Chain()).eval()
+    with torch.no_grad():
+        result, report = run(model, X, codegen="cpp", **ONLY)
+        agrees_with_fp64(model, X, result)
+    assert report[NAME].applied == 2
+
+
 class Steps(nn.Module):
     """Many steps, each of which reads the value before it twice, in front of a layer."""
 

@@ -11,6 +11,7 @@ from sparse_models import FFN, NEURONS, D, Flat, kept_activations, recipe, sizes
 from support import error, fp64, managed_by_fsdp, randomise, run
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.nn import functional as F
 
 import sparsecc
 from sparsecc.errors import RecipeError
@@ -383,6 +384,52 @@ def test_tied_weights(x: torch.Tensor) -> None:
         meant = sparse(model, lambda ffn, y: kept_activations(ffn, y, T))(x.double())
     assert report[NAME].applied == 2
     assert error(result, meant) < 1e-6
+
+
+class Chain(nn.Module):
+    """Three layers: the last one of one network is the first one of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(D, NEURONS), nn.Linear(NEURONS, 24), nn.Linear(24, D)
+
+    def forward(self, x: torch.Tensor, t: float = 0.0) -> torch.Tensor:
+        h = F.silu(self.a(x))
+        y = F.silu(self.b(h * (h.abs() > t)))
+        return self.c(y * (y.abs() > t))
+
+
+def chained(**given: Any) -> Recipe:
+    one, other = recipe("b.weight", (24, NEURONS), **given), recipe("c.weight", (D, 24), **given)
+    for name in ("sparsity", "shapes", "thresholds", "neurons"):
+        getattr(one, name).update(getattr(other, name))
+    return one
+
+
+class Plain(nn.Module):
+    def __init__(self, chain: Chain) -> None:
+        super().__init__()
+        self.a, self.b, self.c = chain.a, chain.b, chain.c
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c(F.silu(self.b(F.silu(self.a(x)))))
+
+
+@INPUTS
+def test_networks_that_share_a_layer(x: torch.Tensor) -> None:
+    """The second one reads what the first one left."""
+    chain = randomise(Chain()).eval()
+    model = Plain(chain)
+    with torch.no_grad():
+        result, report = run(model, x, **only(chained(law="activation", t=T)))
+        meant = fp64(chain)(x.double(), float(T.double()))
+        assert report[NAME].applied == 2
+        assert error(result, meant) < 1e-6
+        assert error(fp64(chain)(x.double()), meant) > 1e-3
+        core = torch.arange(0, 24, 2)
+        _, report = run(model, x, **only(chained(law="core", alpha=0.5, core=core)))
+    assert report[NAME].applied == 1
+    assert [r.code for r in report[NAME].refusals] == ["follows"]
 
 
 # ---- what is refused -------------------------------------------------------------------------------------
