@@ -41,9 +41,9 @@ def select(program: Program, options: Options, record: GraphReport) -> None:
             record.kernels.append(choice)
         else:
             choice.count += 1
-        if choice.chosen != "aten" and alike[-1] != args[-1]:
-            kind.kernels(args)  # loaded under its own text, which measuring must not count for
         if choice.chosen != "aten":
+            if alike[-1] != args[-1]:
+                kind.kernels(args)  # loaded under its own text, which measuring must not count for
             node.target = kind.native
     if choices:
         program.module.recompile()

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from sparsecc.budget import DENSE
 from sparsecc.codegen.cpp import few_rows as generator
 from sparsecc.errors import BuildError, CalibrationError
+from sparsecc.measurement import COLD
 from sparsecc.observations import Observations
 from sparsecc.runtime.ops.few_rows import Spec, few_rows_native
 from sparsecc.runtime.ops.formats import quantize
 from sparsecc.timing import side_by_side
 
-_COLD = 96 * 2**20  # bytes that no cache holds
 _ROUNDS = 5
 
 
@@ -70,7 +70,7 @@ def _seconds(shape: tuple[int, int], dtype: torch.dtype, rows: int, form: str) -
     tensors = [weight] if form == DENSE else list(quantize(weight, form))
     copies = [
         [t.clone() for t in tensors]
-        for _ in range(math.ceil(_COLD / sum(t.nbytes for t in tensors)))
+        for _ in range(math.ceil(COLD / sum(t.nbytes for t in tensors)))
     ]
 
     def over(call: Any) -> None:

@@ -18,7 +18,7 @@ from sparsecc.regions import Args, Variant
 from sparsecc.timing import synchronize
 
 # Weights in decoding come from memory: a measurement takes turns over as many copies as no cache holds.
-_COLD = 96 * 2**20  # bytes
+COLD = 96 * 2**20  # bytes
 _MOST_COPIES = 512
 _ROUNDS = 4  # of a set
 _SETS = 6  # at most
@@ -152,8 +152,8 @@ def running(variants: Mapping[str, Variant], given: Args) -> Iterator[str]:
 
 def _cold(device: torch.device) -> int:
     if device.type != "cuda":
-        return _COLD
-    return max(_COLD, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
+        return COLD
+    return max(COLD, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def tensors(args: Args) -> list[torch.Tensor]:

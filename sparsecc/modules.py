@@ -11,6 +11,11 @@ import torch
 from sparsecc.errors import OptionsError, unknown
 
 
+def listed(patterns: Sequence[str] | str) -> list[str]:
+    """One pattern, or several, as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
 def matching(names: Collection[str], patterns: Sequence[str] | str, kind: str) -> list[str]:
     """Which of ``names`` match one of ``patterns``, in the order of the names.
 
@@ -19,7 +24,7 @@ def matching(names: Collection[str], patterns: Sequence[str] | str, kind: str) -
     Raises:
         OptionsError: there are no patterns, or one matches nothing; the message names the nearest name.
     """
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = listed(patterns)
     if not wanted:
         raise OptionsError(f"no pattern of a {kind} is given. There are: {', '.join(names)}.")
     for pattern in wanted:

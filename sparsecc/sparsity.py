@@ -13,6 +13,7 @@ from sparsecc.greedy import Greedy
 from sparsecc.methods import SPARSITY, make
 from sparsecc.methods.neurons import share
 from sparsecc.metrics import METRICS
+from sparsecc.modules import listed
 from sparsecc.networks import block_angles, networks
 from sparsecc.observations import Observations
 from sparsecc.observe import observe
@@ -169,14 +170,10 @@ def _greedy(
 
     def recipe_of(**strength: float) -> Recipe:
         recipe = make(method, seen, allocate=greedy, **rest, **strength)
-        recipe.options |= {**own, "blocks": _listed(own["blocks"])}
+        recipe.options |= {**own, "blocks": listed(own["blocks"])}
         return recipe
 
     return recipe_of
-
-
-def _listed(patterns: Sequence[str] | str) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
 def _of_networks(
@@ -206,7 +203,7 @@ def _of_networks(
     def recipe_of(**strength: float) -> Recipe:
         recipe = make(method, seen, networks=whole, **{**given, **strength})
         if blocks is not None:
-            recipe.options["blocks"] = _listed(blocks)
+            recipe.options["blocks"] = listed(blocks)
         return recipe
 
     return recipe_of
